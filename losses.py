@@ -1,0 +1,42 @@
+"""The method's losses (SwiftAudio, arXiv 2606.31259, section III-E), as pure functions.
+
+A denoiser is any callable eps(x_t, t, text) -> the predicted noise: a UNet here, a Gaussian's exact score in the tests.
+Shapes: latents (B, C, H, W) with time last, t (B,) integers, alpha and sigma (T + 1,) indexed by t.
+"""
+import torch
+
+
+def at(values, t):
+    """Pick schedule values for timesteps t (B,), shaped to multiply latents (B, C, H, W)."""
+    return values[t].view(-1, 1, 1, 1)
+
+
+def diffuse(x0, t, eps, alpha, sigma):
+    """Eq. 2: the noisy latent x_t = alpha_t x0 + sigma_t eps."""
+    return at(alpha, t) * x0 + at(sigma, t) * eps
+
+
+def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
+    """Eq. 3, variational score distillation: a loss (B,) whose gradient to x0 is w(t) (eps_teacher - eps_fake).
+
+    teacher, fake: denoisers, guidance included; w(t) = sigma_t^2. No gradient flows through either of them. The value
+    0.5 mean((w (eps_teacher - eps_fake))^2) says how far apart they are; it need not fall while the student learns.
+    The mean is over a sample's elements, so the gradient is divided by C H W.
+    """
+    with torch.no_grad():
+        x_t = diffuse(x0, t, eps, alpha, sigma)
+        gradient = at(sigma, t) ** 2 * (teacher(x_t, t, text) - fake(x_t, t, text))
+        target = x0 - gradient
+    return 0.5 * (x0 - target).square().mean((1, 2, 3))
+
+
+def tv_loss(x0, kind="l1"):
+    """Eq. 6, temporal total variation (B,): mean |x0[..., w] - x0[..., w - 1]|; "l2" squares instead, "none" is zero."""
+    d = x0[..., 1:] - x0[..., :-1]
+    return {"l1": d.abs, "l2": d.square, "none": lambda: 0 * d}[kind]().mean((1, 2, 3))
+
+
+def lora_loss(x0, t, eps, text, fake, alpha, sigma):
+    """Eq. 8, the LoRA teacher's denoising loss (B,) on the student's detached samples: mean (alpha_t (eps_hat - eps))^2."""
+    x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
+    return (at(alpha, t) * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))

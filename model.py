@@ -1,0 +1,337 @@
+"""The teacher: a latent diffusion text-to-audio model in Auffusion's layout, from text to waveform and back.
+
+    text -> CLIP embedding -> UNet (latents) -> VAE decoder (image of a log-mel spectrogram) -> HiFi-GAN -> waveform
+"""
+import contextlib
+import functools
+import json
+import math
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import AutoTokenizer, CLIPTextModel
+from transformers.audio_utils import mel_filter_bank
+
+from data import InputError
+
+transformers.utils.logging.disable_progress_bar()       # bars for reading files; the hub's for downloading stay
+TINY = Path(__file__).resolve().parent / "tiny" / "teacher"
+
+RATE, HOP, WIN, N_FFT = 16000, 160, 1024, 2048          # Auffusion's mel front end: 10 ms hop, 64 ms Hann window
+LOG_MIN, LOG_MAX = math.log(1e-5), math.log(200)        # the image's [0, 1] is this range of log-mel (Auffusion)
+
+
+# ---- waveform <-> log-mel <-> image --------------------------------------------------------------------------------
+
+@functools.lru_cache
+def mel_filters(n_mels, device):
+    """Slaney mel filters (N_FFT//2 + 1, n_mels) over 0..8000 Hz, librosa's default filterbank."""
+    bank = mel_filter_bank(N_FFT // 2 + 1, n_mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
+    return torch.tensor(bank, dtype=torch.float32, device=device)
+
+
+def log_mel(wav, n_mels=256):
+    """Natural-log mel magnitude of waveforms (B, N) in [-1, 1] at 16 kHz: (B, n_mels, N // HOP), row 0 the lowest bin.
+
+    The waveform is taken as it is: Auffusion peak-normalises to 0.95 first (see peak_normalize).
+    """
+    pad = (N_FFT - HOP) // 2
+    wav = F.pad(wav[:, None].float(), (pad, pad), mode="reflect")[:, 0]
+    window = torch.hann_window(WIN, device=wav.device)
+    spec = torch.stft(wav, N_FFT, HOP, WIN, window, center=False, return_complex=True)
+    magnitude = (spec.real ** 2 + spec.imag ** 2 + 1e-9).sqrt()
+    return (mel_filters(n_mels, wav.device).T @ magnitude).clamp(min=1e-5).log()
+
+
+def peak_normalize(wav):
+    """Waveforms (B, N) scaled to a peak of 0.95, each by itself; silence stays silence."""
+    return 0.95 * wav / wav.abs().amax(-1, keepdim=True).clamp(min=1e-8)
+
+
+def mel_to_image(mel):
+    """Log-mel (B, n_mels, frames) -> the VAE's image (B, 3, n_mels, frames) in [-1, 1], row 0 the HIGHEST bin."""
+    x = ((mel - LOG_MIN) / (LOG_MAX - LOG_MIN)).clamp(0, 1) * 2 - 1
+    return x.flip(1)[:, None].expand(-1, 3, -1, -1)
+
+
+def image_to_mel(image):
+    """Inverse of mel_to_image; reads the first channel."""
+    x = (image[:, 0].float() / 2 + 0.5).clamp(0, 1).flip(1)
+    return x * (LOG_MAX - LOG_MIN) + LOG_MIN
+
+
+# ---- HiFi-GAN (Kong et al. 2020, arXiv 2010.05646), as published, without the discriminators -----------------------
+
+class ResBlock(nn.Module):
+    """Residual dilated convolutions: kind "1" follows each dilated one with a plain one, kind "2" does not."""
+
+    def __init__(self, channels, kernel, dilations, kind):
+        super().__init__()
+        def convs(ds):
+            return nn.ModuleList(nn.Conv1d(channels, channels, kernel, dilation=d, padding=d * (kernel - 1) // 2) for d in ds)
+        self.paired = kind == "1"
+        if self.paired:
+            self.convs1, self.convs2 = convs(dilations), convs([1] * len(dilations))
+        else:
+            self.convs = convs(dilations)
+
+    def forward(self, x):
+        for i, conv in enumerate(self.convs1 if self.paired else self.convs):
+            y = conv(F.leaky_relu(x, 0.1))
+            x = x + (self.convs2[i](F.leaky_relu(y, 0.1)) if self.paired else y)
+        return x
+
+
+class HiFiGAN(nn.Module):
+    """Vocoder: log-mel (B, num_mels, frames) -> waveform (B, frames * HOP) in [-1, 1]. `config` is its config.json."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, kernels = config["upsample_initial_channel"], config["resblock_kernel_sizes"]
+        self.num_mels, self.per_level = config["num_mels"], len(kernels)
+        self.conv_pre = nn.Conv1d(self.num_mels, width, 7, padding=3)
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(config["upsample_rates"], config["upsample_kernel_sizes"]):
+            odd = (kernel - rate) % 2                   # both parities occur in public configs; either gives x rate
+            self.ups.append(nn.ConvTranspose1d(width, width // 2, kernel, rate, (kernel - rate) // 2 + odd, odd))
+            width //= 2
+            for k, dilations in zip(kernels, config["resblock_dilation_sizes"]):
+                self.resblocks.append(ResBlock(width, k, dilations, str(config["resblock"])))
+        self.conv_post = nn.Conv1d(width, 1, 7, padding=3)
+
+    def forward(self, mel):
+        x = self.conv_pre(mel)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, 0.1))
+            x = sum(block(x) for block in self.resblocks[i * self.per_level:(i + 1) * self.per_level]) / self.per_level
+        return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))[:, 0]
+
+
+def load_vocoder(folder):
+    """The HiFiGAN of a folder holding config.json and vocoder.pt ({"generator": state_dict}), weight norm folded in."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    path = Path(folder) / "vocoder.pt"
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)["generator"]
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: holds more than tensors or is damaged, and was not run; get the file anew")
+    state = {k: v.float() for k, v in stored.items() if not k.endswith(("weight_g", "weight_v"))}
+    for k, v in stored.items():
+        if k.endswith("weight_v"):                      # w = g v / |v|, the norm over all but the first axis
+            v, g = v.float(), stored[k[:-1] + "g"].float()
+            state[k[:-2]] = g * v / v.flatten(1).norm(dim=1).view(-1, 1, 1)
+    vocoder = HiFiGAN(config)
+    vocoder.load_state_dict(state)
+    return vocoder
+
+
+# ---- where a teacher is, and its parts -----------------------------------------------------------------------------
+
+def find(name):
+    """The local folder of a model: "tiny", a folder, or a name on the Hugging Face hub (only its needed files come)."""
+    if name == "tiny":
+        return TINY
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise InputError(f"{name}: no such folder, and not a name on the hub (user/model)")
+    try:
+        try:
+            files = [f.rfilename for f in huggingface_hub.model_info(name).siblings]
+        except Exception:              # no network: what an earlier run has downloaded may do
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed(files)))
+    except Exception as e:
+        raise InputError(f"{name}: not a folder here, and the hub did not give it ({type(e).__name__}: no network, or an "
+                         "unknown name?); download it elsewhere and pass its folder instead")
+
+
+def needed(files):
+    """Of a repository's files, those that are read here: no variants, and no .bin where there is a .safetensors."""
+    parts = ("unet/", "vae/", "text_encoder", "tokenizer/", "scheduler/", "vocoder/", "condition_")
+    student = ("config.json", "swiftaudio.json", "diffusion_pytorch_model.safetensors")
+    files = [f for f in files if f.startswith(parts) and f.count(".") == 1 or f in student]
+    safe = {str(Path(f).parent) for f in files if f.endswith(".safetensors")}
+    return [f for f in files if f.endswith((".json", ".txt", ".safetensors", ".pt"))
+            or f.endswith(".bin") and str(Path(f).parent) not in safe]
+
+
+def load_part(folder, part, loader):
+    """loader(folder / part), with whatever goes wrong said in one line that names the part."""
+    if not (Path(folder) / part).is_dir():              # part "" is the folder itself
+        raise InputError(f"{folder}: the teacher's folder lacks {part}/ (see README, 'The teacher on disk')")
+    try:
+        return loader(Path(folder) / part)
+    except InputError:
+        raise
+    except Exception as e:                              # each library fails in its own way: one line for all
+        raise InputError(f"{Path(folder) / part}: cannot be loaded, is a file missing or cut short? "
+                         f"({type(e).__name__}: {str(e).strip().splitlines()[0][:200]})")
+
+
+def load_unet(folder, part="unet"):
+    """The UNet2DConditionModel of a folder, fp32, in eval mode (it has no dropout, and no layer that train() changes)."""
+    with quiet():                                       # Auffusion's config.json holds EMA keys that diffusers ignores
+        return load_part(folder, part, UNet2DConditionModel.from_pretrained).float()
+
+
+@contextlib.contextmanager
+def quiet():
+    level = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(level)
+
+
+class Teacher(nn.Module):
+    """All of a teacher but its UNet: text in front of it, latents to waveform behind it, and its noise schedule.
+
+    name: "tiny", a folder or a hub name. seconds: length of a clip; None takes the folder's own (else Auffusion's 10.24).
+    """
+
+    def __init__(self, name, seconds=None):
+        super().__init__()
+        self.folder = folder = find(name)
+        self.defaults = folder_defaults(folder)
+        self.vae = load_part(folder, "vae", AutoencoderKL.from_pretrained).float()
+        self.vocoder = load_part(folder, "vocoder", load_vocoder)
+        self.adapter = None
+        conditions = folder / "condition_config.json"
+        if conditions.exists():                         # Auffusion's older layout: an adapter behind the text encoder
+            if len(json.loads(conditions.read_text())) != 1:
+                raise InputError(f"{conditions}: lists more than one text encoder, which is not supported")
+            self.tokenizer = load_part(folder, "text_encoder_0", AutoTokenizer.from_pretrained)
+            self.text_encoder = load_part(folder, "text_encoder_0", CLIPTextModel.from_pretrained).float()
+            self.adapter = load_part(folder, "condition_adapter_0", load_adapter)
+        else:
+            self.tokenizer = load_part(folder, "tokenizer", AutoTokenizer.from_pretrained)
+            self.text_encoder = load_part(folder, "text_encoder", CLIPTextModel.from_pretrained).float()
+        self.tokens = self.text_encoder.config.max_position_embeddings      # 77
+        self.scheduler = load_part(folder, "scheduler", load_scheduler)
+        if self.scheduler.config.prediction_type != "epsilon":
+            raise InputError(f"{folder}/scheduler: prediction_type is {self.scheduler.config.prediction_type}; "
+                             "only teachers that predict epsilon are supported")
+        # alpha_t, sigma_t of x_t = alpha_t x0 + sigma_t eps (eq. 2), for t = 0 .. T
+        self.register_buffer("alpha", self.scheduler.alphas_cumprod.double().sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - self.scheduler.alphas_cumprod.double()).sqrt().float(), persistent=False)
+        self.T = len(self.alpha) - 1
+        stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.seconds = seconds or self.defaults.get("seconds", 10.24)
+        frames = self.seconds * RATE / HOP / stride
+        if abs(frames - round(frames)) > 1e-6:
+            raise InputError(f"--seconds {self.seconds}: not a multiple of {stride * HOP / RATE} s, one column of latents")
+        self.latent_shape = (self.vae.config.latent_channels, self.vocoder.num_mels // stride, round(frames))
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self):
+        return self.alpha.device
+
+    def check(self, prompts):
+        """Warn of what the text encoder will not see: words past its length, and words not in a word-level vocabulary."""
+        tok, lines = self.tokenizer, []
+        for prompt in prompts:
+            ids = tok(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > self.tokens:
+                lines.append(f"warning: {len(ids)} tokens, {self.tokens} fit; cut: {tok.decode(ids[self.tokens - 1:-1])!r}")
+            if tok.unk_token_id != tok.eos_token_id:    # CLIP's own tokenizer knows every word in pieces
+                unknown = [w for w in prompt.split() if tok.unk_token_id in tok(w, add_special_tokens=False).input_ids]
+                if unknown:
+                    lines.append(f"warning: {prompt!r}: the teacher has never seen {', '.join(map(repr, unknown))}")
+        return lines
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """Prompts -> what the UNet attends to, (B, 77, 768) for Auffusion. "" is the unconditional prompt."""
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.tokens, truncation=True,
+                                return_tensors="pt").to(self.device)
+        hidden = self.text_encoder(tokens.input_ids).last_hidden_state
+        if self.adapter is None:
+            return hidden
+        # Attention is causal, so zeros behind the last token are the same as encoding at the natural length.
+        text = self.adapter(hidden * tokens.attention_mask[..., None])
+        return text * torch.tensor([p != "" for p in prompts], device=self.device)[:, None, None]
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Latents (B, 4, h, w) -> log-mel (B, num_mels, 8 w), row 0 the lowest bin."""
+        return image_to_mel(self.vae.decode(z / self.vae.config.scaling_factor).sample)
+
+    @torch.no_grad()
+    def vocode(self, mel):
+        """Log-mel (B, num_mels, frames) -> waveform (B, frames * 160) in [-1, 1]."""
+        return self.vocoder(mel)
+
+    @torch.no_grad()
+    def encode_audio(self, wav):
+        """Waveforms (B, N) at 16 kHz -> latents (B, 4, h, w): the posterior's mean of the peak-normalised clip."""
+        image = mel_to_image(log_mel(peak_normalize(wav), self.vocoder.num_mels))
+        return self.vae.encode(image).latent_dist.mode() * self.vae.config.scaling_factor
+
+
+def folder_defaults(folder):
+    """A teacher folder's own settings, swiftaudio.json: {"seconds": ..., "train": {flag: value}, ...}, or {}."""
+    path = Path(folder) / "swiftaudio.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_scheduler(folder):
+    """The diffusers scheduler that scheduler_config.json names."""
+    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    with quiet():
+        return getattr(diffusers, name).from_pretrained(folder)
+
+
+def load_adapter(folder):
+    """Auffusion's condition adapter: text -> LayerNorm(Linear(text))."""
+    state = torch.load(folder / "condition_adapter.pt", map_location="cpu", weights_only=True)
+    out, dim = state["proj.weight"].shape
+    adapter = nn.Sequential(OrderedDict(proj=nn.Linear(dim, out), norm=nn.LayerNorm(out)))
+    adapter.load_state_dict(state)
+    return adapter.float()
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+def denoiser(unet):
+    """A UNet as the method sees it: eps(x_t, t, text), with x_t (B, 4, h, w), t (B,) and the result in fp32."""
+    return lambda x, t, text: unet(x, t, text).sample.float()
+
+
+def guided(eps, x, t, text, null, scale):
+    """Classifier-free guidance (arXiv 2207.12598): eps(null) + scale (eps(text) - eps(null)), in one batch of 2 B."""
+    if scale == 1:
+        return eps(x, t, text)
+    cond, uncond = eps(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null.expand_as(text)])).chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def one_step(eps, z_T, text, teacher, parameterization="eps"):
+    """Eq. 1: the student's clip from noise in one pass, x0 = (z_T - sigma_T eps(z_T, T, text)) / alpha_T.
+
+    parameterization "direct" takes the network's output for x0 (the ablation of the paper's Table IV).
+    """
+    out = eps(z_T, torch.full((len(z_T),), teacher.T, device=z_T.device), text)
+    return out if parameterization == "direct" else (z_T - teacher.sigma[-1] * out) / teacher.alpha[-1]
+
+
+@torch.no_grad()
+def many_steps(eps, z_T, text, null, teacher, steps, guidance, progress=lambda x: x):
+    """The teacher's own sampling, with its diffusers scheduler: `steps` steps of classifier-free guidance."""
+    scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config)
+    scheduler.set_timesteps(steps, device=z_T.device)
+    x = z_T * scheduler.init_noise_sigma
+    for t in progress(scheduler.timesteps):
+        out = guided(eps, scheduler.scale_model_input(x, t), t.expand(len(x)), text, null, guidance)
+        x = scheduler.step(out, t, x).prev_sample
+    return x

@@ -1,0 +1,117 @@
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_layers, lora_state, save_lora
+from model import load_unet
+
+
+@pytest.fixture
+def unet(plain):
+    return load_unet(plain)
+
+
+def call(unet, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 24, generator=g)
+    return unet(x, torch.tensor([3, 700]), text).sample
+
+
+def randomise(unet):
+    g = torch.Generator().manual_seed(1)
+    for m in lora_layers(unet).values():
+        m.lora_A.weight.data.normal_(std=0.1, generator=g)
+        m.lora_B.weight.data.normal_(std=0.1, generator=g)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_equals_peft_and_off_is_the_base(unet, targets, tmp_path):
+    base, reference = copy.deepcopy(unet), call(unet)
+    keys = set(unet.state_dict())
+    inject(unet, targets, rank=3, alpha=5)
+    assert torch.equal(call(unet), reference)                       # B = 0
+    assert keys <= set(unet.state_dict())                           # the base's weights keep their names
+    randomise(unet)
+    on = call(unet)
+    assert (on - reference).abs().max() > 1e-3
+    with lora_disabled(unet):
+        assert torch.equal(call(unet), reference)
+    save_lora(unet, tmp_path, 3, 5)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(call(theirs), on, rtol=1e-4, atol=1e-5)
+    assert sum("lora_A" in n for n, _ in theirs.named_parameters()) == len(lora_layers(unet))
+
+
+def test_diffusers_loads_it(unet, tmp_path):
+    base = copy.deepcopy(unet)
+    inject(unet, "attention", rank=3, alpha=5)
+    randomise(unet)
+    save_lora(unet, tmp_path, 3, 5)
+    base.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
+    torch.testing.assert_close(call(base), call(unet), rtol=1e-4, atol=1e-5)
+
+
+def test_target_counts(unet):
+    counts = {}
+    for targets in TARGETS:
+        copied = copy.deepcopy(unet)
+        inject(copied, targets, 2, 2)
+        counts[targets] = len(lora_layers(copied))
+    attentions = 2 * sum(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules())
+    assert counts["qv"] == 2 * attentions and counts["attention"] == 4 * attentions
+    assert counts["linear"] == sum(type(m) is nn.Linear for m in unet.modules())
+    assert counts["all"] == counts["linear"] + sum(type(m) is nn.Conv2d for m in unet.modules())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1), nn.Conv2d(6, 5, 1, bias=False)])
+def test_equals_the_merged_layer(layer):
+    network = nn.Sequential(layer)
+    weight = layer.weight.detach().clone()
+    inject(network, "all", rank=2, alpha=6)
+    randomise(network)
+    a, b = network[0].lora_A.weight, network[0].lora_B.weight
+    delta = 3 * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    x = torch.randn(4, 6) if isinstance(layer, nn.Linear) else torch.randn(4, 6, 9, 8)
+    expected = torch.func.functional_call(layer, {"weight": weight + delta}, (x,))
+    torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_adapters_train_and_state_round_trips(unet):
+    parameters = inject(unet, "all", 2, 2)
+    randomise(unet)
+    call(unet).square().mean().backward()
+    assert {n for n, p in unet.named_parameters() if p.requires_grad} == {n for n, _ in unet.named_parameters() if "lora_" in n}
+    assert all(p.grad is not None for p in parameters) and len(parameters) == 2 * len(lora_layers(unet))
+    state, before = lora_state(unet), call(unet)
+    for p in parameters:
+        p.data.zero_()
+    load_lora_state(unet, {k: v.clone() for k, v in state.items()})
+    assert not torch.equal(call(unet), before)                      # the state shares memory with the zeroed weights
+    randomise(unet)
+    saved = {k: v.clone() for k, v in lora_state(unet).items()}
+    for p in parameters:
+        p.data.zero_()
+    load_lora_state(unet, saved)
+    assert torch.equal(call(unet), before)
+
+
+def test_disabling_nests_and_survives_errors(unet):
+    inject(unet, "qv", 2, 2)
+    randomise(unet)
+    on = call(unet)
+    with lora_disabled(unet):
+        off = call(unet)
+        with lora_disabled(unet):
+            pass
+        assert torch.equal(call(unet), off)
+    with pytest.raises(ZeroDivisionError), lora_disabled(unet):
+        1 / 0
+    assert torch.equal(call(unet), on) and not torch.equal(on, off)
+
+
+def test_no_match():
+    with pytest.raises(ValueError, match="qv"):
+        inject(nn.Sequential(nn.Linear(2, 2)), "qv")

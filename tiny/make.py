@@ -1,0 +1,242 @@
+"""Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
+
+    python tiny/make.py                   # everything, about an hour on 2 CPU cores
+    python tiny/make.py --stage vocoder   # one stage: data, classifier, vae, vocoder, teacher
+
+Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
+"""
+import argparse
+import csv
+import functools
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model import HiFiGAN, image_to_mel, log_mel, mel_to_image, peak_normalize
+from tiny import score, world
+
+SEED, CLIPS, MELS = 0, 20000, 64
+BUILD, TEACHER = HERE / "build", HERE / "teacher"
+VOCODER = dict(num_mels=MELS, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4],
+               upsample_initial_channel=128, resblock="2", resblock_kernel_sizes=[3, 7],
+               resblock_dilation_sizes=[[1, 3], [1, 3]], sampling_rate=16000, n_fft=2048, hop_size=160, win_size=1024)
+
+
+def clip(index, descriptions, seed=SEED):
+    """Clip number `index` of a list of descriptions: (int16 waveform, labels as 0/1)."""
+    _, events, join = descriptions[index % len(descriptions)]
+    wav, labels = world.render(np.random.default_rng((seed, index)), events, join)
+    return (wav * 32767).astype(np.int16), np.isin(np.arange(len(world.LABELS)), labels)
+
+
+def schedule(step, steps, lr, warmup=50):
+    """Linear warm-up, then half a cosine to zero."""
+    return lr * min(1, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
+
+
+def fit(name, params, steps, lr, loss_of_step, after=lambda: None):
+    """AdamW on loss_of_step(step), with a progress bar."""
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    bar, mean = tqdm(range(steps), desc=name, mininterval=2), None
+    for step in bar:
+        opt.param_groups[0]["lr"] = schedule(step, steps, lr)
+        loss = loss_of_step(step)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        after()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+
+
+def batch(step, size, n, salt):
+    """Indices of a training batch: a function of the step, like everything random here."""
+    return np.random.default_rng((SEED, salt, step)).integers(n, size=size)
+
+
+def load_clips(n=CLIPS):
+    wavs = np.load(BUILD / "wavs.npy", mmap_mode="r")[:n]
+    return wavs, torch.from_numpy(np.load(BUILD / "images.npy")[:n]), torch.from_numpy(np.load(BUILD / "labels.npy")[:n])
+
+
+def stage_data():
+    train, held = world.captions(SEED)
+    for name, rows in (("captions.csv", train), ("heldout.csv", held)):
+        with open(HERE / name, "w", newline="") as f:
+            csv.writer(f).writerows([("caption",)] + [(text,) for text, _, _ in rows])
+    BUILD.mkdir(exist_ok=True)
+    with multiprocessing.Pool() as pool:
+        rows = list(tqdm(pool.imap(functools.partial(clip, descriptions=train), range(CLIPS), 64), total=CLIPS, desc="clips"))
+    wavs = np.stack([w for w, _ in rows])
+    np.save(BUILD / "wavs.npy", wavs)
+    np.save(BUILD / "labels.npy", np.stack([y for _, y in rows]))
+    images = [mel_to_image(log_mel(torch.from_numpy(wavs[i:i + 64] / 32767.0), MELS))[:, 0].half()
+              for i in tqdm(range(0, CLIPS, 64), desc="mels")]
+    np.save(BUILD / "images.npy", torch.cat(images).numpy())
+
+
+def stage_classifier(steps=900):
+    wavs, _, labels = load_clips()
+    torch.manual_seed(SEED)
+    net = score.Classifier()
+    def loss(step):
+        rng = np.random.default_rng((SEED, 1, step))
+        i = np.sort(rng.integers(CLIPS, size=64))
+        x = torch.from_numpy(wavs[i] / np.float32(32767))
+        noise = 10 ** rng.uniform(-4, -2, (64, 1)) * rng.standard_normal(x.shape)     # deaf to a little noise
+        return F.binary_cross_entropy_with_logits(net(x + torch.from_numpy(noise).float())[1], labels[i].float())
+    fit("classifier", list(net.parameters()), steps, 2e-3, loss)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}, HERE / "classifier.safetensors")
+
+
+def stage_vae(steps=900, size=32):
+    _, images, _ = load_clips()
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=4,
+                        block_out_channels=(8, 16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=MELS, mid_block_add_attention=False)
+    vae = vae.to(memory_format=torch.channels_last)
+    def loss(step):
+        rng = np.random.default_rng((SEED, 2, step))
+        x = torch.stack([images[i, :, j:j + 128] for i, j in zip(rng.integers(CLIPS, size=size), rng.integers(0, 129, size))])
+        x = x.float()[:, None].expand(-1, 3, -1, -1)
+        posterior = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
+        return F.l1_loss(vae.decode(posterior.sample()).sample, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+    fit("vae", list(vae.parameters()), steps, 2e-3, loss)
+    with torch.no_grad():
+        z = torch.cat([encode(vae, images[i:i + 64]) for i in range(0, 1024, 64)])
+    vae.register_to_config(scaling_factor=round(1 / float(z.std()), 4))
+    vae.half().save_pretrained(TEACHER / "vae")
+    vae.float()
+    with torch.no_grad():
+        stats = [vae.encode(images[i:i + 64].float()[:, None].repeat(1, 3, 1, 1)).latent_dist
+                 for i in tqdm(range(0, CLIPS, 64), desc="latents")]
+    np.save(BUILD / "latents.npy", torch.stack([torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])]).half().numpy())
+
+
+def encode(vae, images):
+    """A sample of the posterior of one-channel images (B, mels, frames), unscaled."""
+    return vae.encode(images.float()[:, None].repeat(1, 3, 1, 1)).latent_dist.sample()
+
+
+def spectral_loss(y, x):
+    """Multi-resolution STFT distance of waveforms: spectral convergence and log magnitude (arXiv 1910.11480)."""
+    total = 0
+    for n in (128, 512, 1024, 2048):
+        window = torch.hann_window(n)
+        a, b = (torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp(min=1e-4) for w in (y, x))
+        total = total + (a - b).norm() / b.norm() + (a.log() - b.log()).abs().mean()
+    return total / 4
+
+
+def stage_vocoder(steps=5000, frames=32):
+    wavs, images, _ = load_clips(8000)
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
+    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :8000].copy()).float()
+    torch.manual_seed(SEED)
+    net = HiFiGAN(VOCODER)
+    with torch.no_grad():                               # half of the training mels come through the VAE, as in use
+        decoded = torch.cat([vae.decode(z).sample[:, 0].half() for z in tqdm(latents.split(64), desc="decode")])
+    def loss(step):
+        rng = np.random.default_rng((SEED, 3, step))
+        rows, starts = rng.integers(8000, size=16), rng.integers(0, 256 - frames, 16)
+        image = torch.stack([(decoded if k % 2 else images)[i, :, j:j + frames] for k, (i, j) in enumerate(zip(rows, starts))])
+        x = torch.stack([torch.from_numpy(wavs[i, j * 160:(j + frames) * 160] / np.float32(32767)) for i, j in zip(rows, starts)])
+        y = net(image_to_mel(image[:, None].float()))
+        return spectral_loss(y, x) + F.l1_loss(log_mel(y, MELS), log_mel(x, MELS))
+    fit("vocoder", list(net.parameters()), steps, 2e-3, loss)
+    state = {}
+    for name, w in net.state_dict().items():            # the published files hold weight-norm pairs: w = g * v / |v|
+        layer, kind = name.rsplit(".", 1)
+        if kind == "bias":
+            state[name] = w.half()
+        else:
+            state[f"{layer}.weight_g"] = w.flatten(1).norm(dim=1).view(-1, 1, 1).half()
+            state[f"{layer}.weight_v"] = w.half()
+    (TEACHER / "vocoder").mkdir(parents=True, exist_ok=True)
+    torch.save({"generator": state}, TEACHER / "vocoder/vocoder.pt")
+    (TEACHER / "vocoder/config.json").write_text(json.dumps(VOCODER, indent=2) + "\n")
+
+
+def make_tokenizer(texts):
+    """A word-level tokenizer of the captions' words, padded to 24 tokens; other words become <unk>."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    special = ["<pad>", "<unk>", "<bos>", "<eos>"]
+    words = sorted({w for t in texts for w in t.split()})
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
+    tok.normalizer = normalizers.Lowercase()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")])
+    tok.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=24, padding_side="right", pad_token="<pad>",
+                                   unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+
+
+def stage_teacher(steps=2800, size=64):
+    mean, std = torch.from_numpy(np.load(BUILD / "latents.npy")).float()
+    scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
+    texts = [t for t, _, _ in world.captions(SEED)[0]]
+    tokenizer = make_tokenizer(texts)
+    ids = tokenizer(texts + [""], padding="max_length", return_tensors="pt").input_ids
+    torch.manual_seed(SEED)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                                        num_attention_heads=4, max_position_embeddings=24, projection_dim=128,
+                                        bos_token_id=2, eos_token_id=3, pad_token_id=0))
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
+    # Stable Diffusion's noise schedule, as in Auffusion; DDIM with trailing spacing, so that few steps start at t = 999 too
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
+                              clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    alphas = scheduler.alphas_cumprod
+    params = list(unet.parameters()) + list(text.parameters())
+    ema = [p.detach().clone() for p in params]
+    seen = 0
+    def loss(step):
+        rng = np.random.default_rng((SEED, 4, step))
+        i = torch.from_numpy(rng.integers(CLIPS, size=size))
+        caption = torch.where(torch.from_numpy(rng.random(size) < 0.1), len(texts), i % len(texts))   # 10 % unconditional
+        g = torch.Generator().manual_seed(step)
+        x0 = scale * (mean[i] + std[i] * torch.randn(mean[i].shape, generator=g))
+        eps, t = torch.randn(x0.shape, generator=g), torch.randint(1000, (size,), generator=g)
+        a = alphas[t].view(-1, 1, 1, 1)
+        x = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
+        out = unet(x, t, text(ids[caption]).last_hidden_state).sample
+        # 1 / alpha_t^2 makes this the loss of v: plain eps-MSE leaves t = 999, where the student starts, untrained
+        return ((out - eps).square() / a).mean()
+    def after():
+        nonlocal seen
+        seen += 1
+        torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (seen + 1), 0.004))
+    fit("teacher", params, steps, 1.5e-3, loss, after)
+    for p, e in zip(params, ema):
+        p.data.copy_(e)
+    unet.half().save_pretrained(TEACHER / "unet")
+    text.half().save_pretrained(TEACHER / "text_encoder")
+    tokenizer.save_pretrained(TEACHER / "tokenizer")
+    scheduler.save_pretrained(TEACHER / "scheduler")
+
+
+STAGES = dict(data=stage_data, classifier=stage_classifier, vae=stage_vae, vocoder=stage_vocoder, teacher=stage_teacher)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES))
+    for name in parser.parse_args().stage:
+        start = time.time()
+        STAGES[name]()
+        print(f"{name}: {time.time() - start:.0f} s")

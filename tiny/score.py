@@ -1,0 +1,134 @@
+"""How good is a set of tiny clips? Fréchet distance, KL and IS on a small classifier of the world's events.
+
+The roles of PANNs CNN14 in the paper's protocol, for the tiny world: one embedding and one row of logits per clip.
+
+    python -m tiny.score out/student --clips 512
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from data import sampling_noise
+from model import Teacher, denoiser, load_unet, log_mel, many_steps, one_step
+from tiny import world
+
+HERE = Path(__file__).resolve().parent
+
+
+class Classifier(nn.Module):
+    """Waveform (B, N) at 16 kHz -> (embedding (B, 128) after its ReLU, logits (B, labels))."""
+
+    def __init__(self, labels=len(world.LABELS), width=24):
+        super().__init__()
+        chans = [1, width, 2 * width, 4 * width, 4 * width]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in chans[1:])
+        self.embed = nn.Linear(chans[-1] * 4, 128)
+        self.head = nn.Linear(128, labels)
+
+    def forward(self, wav):
+        x = (log_mel(wav, 64).exp() + 0.01).log()[:, None]       # VGGish's offset: near-silence sounds alike
+        x = (x + 2) / 2.5
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
+        x = x.unflatten(2, (4, 1)).flatten(1, 3) if x.shape[2] == 4 else x      # (B, C * 4, frames / 16)
+        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))
+        return e, self.head(e)
+
+
+@torch.no_grad()
+def features(classifier, wavs, batch=64):
+    """Embeddings (n, 128) and logits (n, labels) of waveforms (n, N)."""
+    parts = [classifier(w) for w in wavs.split(batch)]
+    return torch.cat([e for e, _ in parts]), torch.cat([z for _, z in parts])
+
+
+def frechet(x, y):
+    """Fréchet distance of two samples (n, d) and (m, d) under a Gaussian fit, covariances over n - 1.
+
+    tr (Sx Sy)^(1/2) is the nuclear norm of X Y^T, with X, Y the centred samples over sqrt(n - 1): no matrix square
+    root is taken, so it is exact for n < d as well.
+    """
+    x, y = x.double(), y.double()
+    dm = x.mean(0) - y.mean(0)
+    x, y = ((a - a.mean(0)) / (len(a) - 1) ** 0.5 for a in (x, y))
+    cross = torch.linalg.matrix_norm(x @ y.T, "nuc")
+    return float(dm @ dm + x.square().sum() + y.square().sum() - 2 * cross)
+
+
+def scores(reference, generated):
+    """FD, KL(reference || generated) paired by row, and IS, from two (embeddings, logits) of the same captions."""
+    (re, rz), (ge, gz) = reference, generated
+    p, q = rz.double().softmax(-1), gz.double().softmax(-1)
+    kl = (p * (p.clamp(min=1e-12).log() - (q + 1e-6).log())).sum(-1).mean()
+    inception = (q * (q.log() - q.mean(0).log())).sum(-1).mean().exp()
+    return {"FD": frechet(re, ge), "KL": float(kl), "IS": float(inception)}
+
+
+def load_classifier():
+    net = Classifier()
+    net.load_state_dict(load_file(HERE / "classifier.safetensors"))
+    return net.float().eval()
+
+
+def real(descriptions, seed):
+    """Descriptions rendered with a seed: waveforms (n, N)."""
+    return torch.stack([torch.from_numpy(world.render(np.random.default_rng((seed, i)), events, join)[0])
+                        for i, (_, events, join) in enumerate(descriptions)])
+
+
+@torch.no_grad()
+def generate(teacher, captions, latents, name, batch=32, seed=0):
+    """Waveforms (n, N) of captions; latents(z_T, text) is the system. Caption i gets noise i of the seed."""
+    wavs = []
+    for i in tqdm(range(0, len(captions), batch), desc=name):
+        texts = captions[i:i + batch]
+        z_T = torch.stack([sampling_noise(seed, i + k, teacher.latent_shape) for k in range(len(texts))])
+        wavs.append(teacher.vocode(teacher.decode(latents(z_T.to(teacher.device), teacher.encode_text(texts)))).cpu())
+    return torch.cat(wavs)
+
+
+def report(teacher, student_folder, clips=512, steps=25, seed=0):
+    """Score real audio, the teacher at many steps and at one, and a student, on the first of the held-out captions.
+
+    The reference is real audio of the same captions. Prints a table, returns it, and writes scores.json beside the student.
+    """
+    held = world.captions()[1]
+    held = held[::max(1, len(held) // clips)][:clips]               # singles, seen pairs and unseen pairs alike
+    captions = [text for text, _, _ in held]
+    unet, about = load_unet(teacher.folder).to(teacher.device), json.loads((Path(student_folder) / "swiftaudio.json").read_text())
+    student, null = load_unet(student_folder, "").to(teacher.device), teacher.encode_text([""])
+    guidance = teacher.defaults["sample"]["guidance"]
+    systems = {
+        f"teacher, {steps} steps": lambda z, y: many_steps(denoiser(unet), z, y, null, teacher, steps, guidance),
+        "student before (teacher, 1 step)": lambda z, y: one_step(denoiser(unet), z, y, teacher),
+        f"student after {about['step']} steps": lambda z, y: one_step(denoiser(student), z, y, teacher, about["parameterization"]),
+    }
+    classifier = load_classifier()
+    reference = features(classifier, real(held, 1))
+    table = {"real audio, rendered again": scores(reference, features(classifier, real(held, 2)))}
+    for name, latents in systems.items():
+        table[name] = scores(reference, features(classifier, generate(teacher, captions, latents, name, seed=seed)))
+    print(f"\n{'N = ' + str(len(held)) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
+    for name, row in table.items():
+        print(f"{name:36s}" + "".join(f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
+    path = Path(student_folder).parent / "scores.json"
+    path.write_text(json.dumps({"clips": len(held), "seed": seed, "systems": table}, indent=2) + "\n")
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Score a tiny student on held-out captions: FD, KL and IS.")
+    parser.add_argument("student", nargs="?", default="out/student")
+    parser.add_argument("--clips", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=25, help="of the teacher")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    args = parser.parse_args()
+    report(Teacher("tiny"), args.student, args.clips, args.steps, args.seed)
