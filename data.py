@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,26 @@ class InputError(SystemExit):
 
     def __init__(self, message):
         super().__init__(f"error: {message}")
+
+
+def read_json(path):
+    """The content of a JSON file; InputError where it is not one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{path}: is not JSON ({e})")
+
+
+def write(path, save):
+    """save(temporary path), then rename: `path` is the old file or the new one, whole, if the program is killed."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        save(temporary)
+        os.chmod(temporary, 0o644)                      # safetensors writes files that only their owner can read
+        os.replace(temporary, path)
+    except Exception as e:                              # a full disk is an OSError, RuntimeError or SafetensorError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: not saved ({str(e).strip()[:120]}); is the disk full? What was there before is whole")
 
 
 NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")      # usual column names, first match wins
@@ -84,6 +105,7 @@ def json_rows(path, text, kind, column):
             raise InputError(f"{path}: line {e.lineno} is not JSON ({e.msg})")
         if isinstance(items, dict):                     # {"captions": [...]}, or AudioCaps-like {"data": [{...}]}
             items = next((v for v in items.values() if isinstance(v, list)), [])
+        items = items if isinstance(items, list) else []
     else:
         items = []
         for n, line in enumerate(text.split("\n"), 1):
@@ -121,7 +143,7 @@ def draw_sample(seed, n, shape, t_min, t_max, T):
     """
     rng = np.random.default_rng((seed, 1, n))
     noises = rng.standard_normal((3, *shape), dtype=np.float32)
-    return (*noises, rng.integers(t_min, t_max), rng.integers(0, T + 1), rng.random(dtype=np.float32))
+    return (*noises, rng.integers(t_min, t_max), rng.integers(0, T + 1), rng.random(1, dtype=np.float32)[0])
 
 
 def draw_batch(numbers, *args):

@@ -11,13 +11,14 @@ adapters off is the network it was, bit for bit: one UNet is both the teacher an
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+
+from data import write
 
 # Which layers get an adapter. Attention's q and v is SwiftBrush's choice (attn1 attends to itself, attn2 to the text).
 TARGETS = {
@@ -135,8 +136,7 @@ def save_lora(network, folder, rank, alpha):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora_layers(network))}
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
     described = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})     # where diffusers looks for alpha
-    save_file(lora_state(network), folder / "adapter_model.safetensors.tmp",
-              {"format": "pt", "lora_adapter_metadata": described})
-    os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")
+    write(folder / "adapter_config.json", lambda path: path.write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n"))
+    write(folder / "adapter_model.safetensors", lambda path: save_file(
+        lora_state(network), path, {"format": "pt", "lora_adapter_metadata": described}))

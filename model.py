@@ -4,8 +4,8 @@
 """
 import contextlib
 import functools
-import json
 import math
+import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError
+from data import InputError, read_json
 
-transformers.utils.logging.disable_progress_bar()       # bars for reading files; the hub's for downloading stay
+transformers.utils.logging.disable_progress_bar()       # bars for reading files are noise,
+huggingface_hub.utils.enable_progress_bars()            # those for downloading are not
 TINY = Path(__file__).resolve().parent / "tiny" / "teacher"
 
 RATE, HOP, WIN, N_FFT = 16000, 160, 1024, 2048          # Auffusion's mel front end: 10 ms hop, 64 ms Hann window
@@ -117,7 +118,7 @@ class HiFiGAN(nn.Module):
 
 def load_vocoder(folder):
     """The HiFiGAN of a folder holding config.json and vocoder.pt ({"generator": state_dict}), weight norm folded in."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = read_json(Path(folder) / "config.json")
     path = Path(folder) / "vocoder.pt"
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)["generator"]
@@ -135,8 +136,11 @@ def load_vocoder(folder):
 
 # ---- where a teacher is, and its parts -----------------------------------------------------------------------------
 
-def find(name):
-    """The local folder of a model: "tiny", a folder, or a name on the Hugging Face hub (only its needed files come)."""
+def find(name, skip=()):
+    """The local folder of a model: "tiny", a folder, or a name on the Hugging Face hub.
+
+    Only the needed files are downloaded, and none whose path starts with `skip`.
+    """
     if name == "tiny":
         return TINY
     if Path(name).is_dir():
@@ -147,8 +151,8 @@ def find(name):
         try:
             files = [f.rfilename for f in huggingface_hub.model_info(name).siblings]
         except Exception:              # no network: what an earlier run has downloaded may do
-            return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=needed(files)))
+            return Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=["vae/config.json", "config.json"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[f for f in needed(files) if not f.startswith(skip)]))
     except Exception as e:
         raise InputError(f"{name}: not a folder here, and the hub did not give it ({type(e).__name__}: no network, or an "
                          "unknown name?); download it elsewhere and pass its folder instead")
@@ -174,13 +178,24 @@ def load_part(folder, part, loader):
         raise
     except Exception as e:                              # each library fails in its own way: one line for all
         raise InputError(f"{Path(folder) / part}: cannot be loaded, is a file missing or cut short? "
-                         f"({type(e).__name__}: {str(e).strip().splitlines()[0][:200]})")
+                         f"({type(e).__name__}: {(str(e).strip() or "?").splitlines()[0][:200]})")
 
 
 def load_unet(folder, part="unet"):
     """The UNet2DConditionModel of a folder, fp32, in eval mode (it has no dropout, and no layer that train() changes)."""
     with quiet():                                       # Auffusion's config.json holds EMA keys that diffusers ignores
-        return load_part(folder, part, UNet2DConditionModel.from_pretrained).float()
+        unet = load_part(folder, part, pretrained(UNet2DConditionModel))
+    return unet.to(memory_format=torch.channels_last)       # a little faster on every device
+
+
+def pretrained(cls):
+    """A loader of `cls` in fp32 that does not accept missing weights: the libraries would leave them random."""
+    def load(folder):
+        network, info = cls.from_pretrained(folder, output_loading_info=True)
+        if info["missing_keys"]:
+            raise InputError(f"{folder}: its weights lack {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} for one")
+        return network.float()
+    return load
 
 
 @contextlib.contextmanager
@@ -199,23 +214,23 @@ class Teacher(nn.Module):
     name: "tiny", a folder or a hub name. seconds: length of a clip; None takes the folder's own (else Auffusion's 10.24).
     """
 
-    def __init__(self, name, seconds=None):
+    def __init__(self, name, seconds=None, skip=()):
         super().__init__()
-        self.folder = folder = find(name)
+        self.folder = folder = find(name, skip)
         self.defaults = folder_defaults(folder)
-        self.vae = load_part(folder, "vae", AutoencoderKL.from_pretrained).float()
+        self.vae = load_part(folder, "vae", pretrained(AutoencoderKL))
         self.vocoder = load_part(folder, "vocoder", load_vocoder)
         self.adapter = None
         conditions = folder / "condition_config.json"
         if conditions.exists():                         # Auffusion's older layout: an adapter behind the text encoder
-            if len(json.loads(conditions.read_text())) != 1:
+            if len(read_json(conditions)) != 1:
                 raise InputError(f"{conditions}: lists more than one text encoder, which is not supported")
             self.tokenizer = load_part(folder, "text_encoder_0", AutoTokenizer.from_pretrained)
-            self.text_encoder = load_part(folder, "text_encoder_0", CLIPTextModel.from_pretrained).float()
+            self.text_encoder = load_part(folder, "text_encoder_0", pretrained(CLIPTextModel))
             self.adapter = load_part(folder, "condition_adapter_0", load_adapter)
         else:
             self.tokenizer = load_part(folder, "tokenizer", AutoTokenizer.from_pretrained)
-            self.text_encoder = load_part(folder, "text_encoder", CLIPTextModel.from_pretrained).float()
+            self.text_encoder = load_part(folder, "text_encoder", pretrained(CLIPTextModel))
         self.tokens = self.text_encoder.config.max_position_embeddings      # 77
         self.scheduler = load_part(folder, "scheduler", load_scheduler)
         if self.scheduler.config.prediction_type != "epsilon":
@@ -282,12 +297,12 @@ class Teacher(nn.Module):
 def folder_defaults(folder):
     """A teacher folder's own settings, swiftaudio.json: {"seconds": ..., "train": {flag: value}, ...}, or {}."""
     path = Path(folder) / "swiftaudio.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def load_scheduler(folder):
     """The diffusers scheduler that scheduler_config.json names."""
-    name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    name = read_json(folder / "scheduler_config.json")["_class_name"]
     with quiet():
         return getattr(diffusers, name).from_pretrained(folder)
 
@@ -299,6 +314,17 @@ def load_adapter(folder):
     adapter = nn.Sequential(OrderedDict(proj=nn.Linear(dim, out), norm=nn.LayerNorm(out)))
     adapter.load_state_dict(state)
     return adapter.float()
+
+
+def pick_device(name=None):
+    """The device called `name`, or the first there is of cuda, mps and cpu; one GPU each for torchrun's processes."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not usable here ({str(e).splitlines()[0]})")
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import InputError, read_captions, sampling_noise
-from model import LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, load_unet, many_steps, one_step
+from data import InputError, read_captions, read_json, sampling_noise, write
+from model import LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, load_unet, many_steps, one_step, pick_device
 
 
 def parse_args(argv=None):
@@ -34,10 +34,10 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the noise; clip k of a seed has the same noise for every prompt")
     add("--n", type=int, default=1, help="clips for each prompt")
     add("--batch_size", type=int, default=8, help="clips at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)
-    if min(args.n, args.batch_size, args.teacher_steps or 1) < 1 or args.seed < 0:
-        raise InputError("--n, --batch_size and --teacher_steps must be at least 1, --seed at least 0")
+    if min(args.n, args.batch_size) < 1 or args.seed < 0 or not 1 <= (args.teacher_steps or 1) <= 1000:
+        raise InputError("--n and --batch_size must be at least 1, --seed at least 0, --teacher_steps between 1 and 1000")
     if args.guidance is not None and not args.teacher_steps:
         raise InputError("--guidance goes with --teacher_steps N: the student has its guidance trained in")
     if args.prompts:
@@ -54,7 +54,7 @@ def open_student(name):
         raise InputError("out/student: no student there yet; train one (python train.py --teacher tiny) or pass --student")
     folder = find(name)
     if (folder / "swiftaudio.json").exists() and (folder / "config.json").exists():
-        return folder, "", json.loads((folder / "swiftaudio.json").read_text())
+        return folder, "", read_json(folder / "swiftaudio.json")
     if (folder / "unet").is_dir():                      # a complete model, such as the paper authors' own
         return folder, "unet", {"teacher": name, "parameterization": "eps"}
     raise InputError(f"{name}: neither a student of train.py (config.json and swiftaudio.json) nor a complete model (unet/, ...)")
@@ -63,7 +63,7 @@ def open_student(name):
 def check_architecture(student, teacher_folder):
     """InputError where a student's UNet cannot be fed by this teacher's text encoder and VAE."""
     path = Path(teacher_folder) / "unet/config.json"
-    theirs = json.loads(path.read_text()) if path.exists() else {}
+    theirs = read_json(path) if path.exists() else {}
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
         mine = student.config[key]
         if theirs.get(key, mine) != mine:
@@ -103,31 +103,34 @@ def main(argv=None):
             for path in (out / f"{name}.wav", out / f"{name}.png"):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
-    about = {}
+    device, about = pick_device(args.device), {}
     if not (args.teacher_steps and args.teacher):
         folder, part, about = open_student(args.student)
-    teacher = Teacher(args.teacher or about["teacher"], about.get("seconds")).to(args.device)
+    teacher = Teacher(args.teacher or about["teacher"], about.get("seconds"),
+                      skip=() if args.teacher_steps else "unet/diffusion").to(device)      # a student needs no teacher's UNet
     for line in teacher.check(args.prompt):
         tqdm.write(line)
     if args.teacher_steps:
-        eps, null = denoiser(load_unet(teacher.folder).to(args.device)), teacher.encode_text([""])
+        eps, null = denoiser(load_unet(teacher.folder).to(device)), teacher.encode_text([""])
         guidance = teacher.defaults.get("sample", {}).get("guidance", 7.5) if args.guidance is None else args.guidance
         def latents(z_T, text):
             return many_steps(eps, z_T, text, null, teacher, args.teacher_steps, guidance)
         system = {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance}
     else:
-        unet = load_unet(folder, part).to(args.device)
+        unet = load_unet(folder, part).to(device)
         check_architecture(unet, teacher.folder)
         def latents(z_T, text):
             return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
         system = {"student": args.student, "steps": 1}
 
     out.mkdir(parents=True, exist_ok=True)
-    jobs, rows, started = list(names), [], time.time()
+    manifest = out / "manifest.json"
+    rows = {row["file"]: row for row in (read_json(manifest) if manifest.exists() else [])}
+    jobs, started = list(names), time.time()
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
         part = jobs[i:i + args.batch_size]
-        z_T = torch.stack([sampling_noise(args.seed, k, teacher.latent_shape) for _, k in part]).to(args.device)
+        z_T = torch.stack([sampling_noise(args.seed, k, teacher.latent_shape) for _, k in part]).to(device)
         with torch.no_grad():
             mel = teacher.decode(latents(z_T, teacher.encode_text([prompt for prompt, _ in part])))
             wav = teacher.vocode(mel).cpu().numpy()
@@ -136,16 +139,13 @@ def main(argv=None):
             try:
                 soundfile.write(f"{path}.wav", w, RATE, "PCM_16")
                 picture(m).save(f"{path}.png")
-            except OSError as e:
+            except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
                 raise InputError(f"{path}: not written ({e})")
-            rows.append({"file": f"{path.name}.wav", "prompt": prompt, "seed": args.seed, "k": k, **system})
+            rows[f"{path.name}.wav"] = {"file": f"{path.name}.wav", "prompt": prompt, "seed": args.seed, "k": k, **system}
+        write(manifest, lambda path: path.write_text(json.dumps(list(rows.values()), indent=2, ensure_ascii=False) + "\n", "utf-8"))
         bar.update(len(part))
     bar.close()
     seconds = (time.time() - started) / len(jobs)
-    manifest = out / "manifest.json"
-    old = json.loads(manifest.read_text()) if manifest.exists() else []
-    rows = [row for row in old if row["file"] not in {r["file"] for r in rows}] + rows
-    manifest.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     for name in list(names.values())[:10]:
         print(f"{out / name}.wav  {out / name}.png")
     if len(names) > 10:
@@ -155,4 +155,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:
+        raise InputError(e)

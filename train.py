@@ -4,7 +4,7 @@
     python train.py --captions audiocaps.csv                        # Auffusion, the paper's setting, one 48 GB GPU
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1     # the same batch on four GPUs
 
-The same command again resumes, bit for bit. Writes to --out_dir: student/ (a diffusers UNet folder for sample.py),
+The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to --out_dir: student/ (a diffusers UNet folder for sample.py),
 lora/ (PEFT's format), checkpoint.pt, metrics.jsonl.
 """
 import argparse
@@ -23,14 +23,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import data
-from data import InputError
+from data import InputError, write
 from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_state, save_lora
 from losses import lora_loss, tv_loss, vsd_loss
-from model import Teacher, denoiser, find, folder_defaults, guided, load_unet, one_step
+from model import Teacher, denoiser, find, folder_defaults, guided, load_unet, one_step, pick_device
 
 # Flags that may change when a run goes on; any other change is another run.
 MAY_CHANGE = {"max_steps", "save_every", "log_every", "out_dir", "device", "compile", "checkpointing", "eval_clips",
-              "captions", "caption_column", "max_captions"}        # captions: their content is compared instead
+              "captions", "caption_column", "max_captions",         # captions: their content is compared instead
+              "lr", "lora_lr", "precision"}                         # to get past a step that was not finite
 LOSSES = ("vsd", "tv", "lora", "x0_std", "grad_student", "grad_lora")
 
 
@@ -78,15 +79,19 @@ def parse_args(argv=None):
     add("--save_every", type=int, default=500, help="steps between checkpoints")
     add("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl")
     add("--eval_clips", type=int, default=0, help="tiny only: held-out captions to score at the end")
-    teacher = p.parse_known_args(argv)[0].teacher
-    folder = find(teacher)
+    args = p.parse_args(argv)
+    if args.captions:                                               # say what is wrong before gigabytes are downloaded
+        data.read_captions(args.captions, args.caption_column, args.max_captions)
+    elif args.teacher != "tiny" and not os.path.isdir(args.teacher):
+        raise InputError("--captions FILE is needed: which captions shall the student learn from?")
+    folder = find(args.teacher)
     defaults = folder_defaults(folder).get("train", {})             # a teacher's own defaults; the command line wins
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
     if args.captions is None:
         raise InputError("--captions FILE is needed: which captions shall the student learn from?")
     if args.captions == defaults.get("captions"):
-        args.captions = str(folder / args.captions)
+        args.captions = str((folder / args.captions).resolve())
     if args.lora_guidance is None:
         args.lora_guidance = args.guidance
     rules = {  # what must hold, and what to say otherwise
@@ -98,7 +103,7 @@ def parse_args(argv=None):
         "ema, beta1 and beta2 must be in [0, 1), lora_drop in [0, 1]":
             0 <= min(args.ema, args.beta1, args.beta2, args.lora_drop) and max(args.ema, args.beta1, args.beta2) < 1 >= args.lora_drop,
         "0 <= t_min < t_max <= 1000 must hold": 0 <= args.t_min < args.t_max <= 1000,
-        "eval_clips needs --teacher tiny": args.eval_clips == 0 or teacher == "tiny",
+        "eval_clips needs a teacher with held-out captions, which is tiny": args.eval_clips == 0 or "eval_clips" in defaults,
     }
     for rule, holds in rules.items():
         if not holds:
@@ -109,29 +114,13 @@ def parse_args(argv=None):
 def setup(args):
     """One process of torchrun or the only one: (rank, number of processes, device, autocast dtype or None)."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=kind)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {kind}: not usable here ({str(e).splitlines()[0]})")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" and ranks > 1 else torch.device(kind)
+    device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return rank, ranks, device, torch.bfloat16 if bf16 else None
-
-
-def write(path, save):
-    """save(temporary path), then rename: `path` is the old file or the new one, whole, whenever the power goes."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                            # torch.save's full disk is a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: not saved ({str(e).splitlines()[0][:120]}); is the disk full? The last checkpoint is whole")
 
 
 def read_checkpoint(path, config, digest):
@@ -201,8 +190,9 @@ def main(argv=None):
     def fake_eps(x, t, text):
         return guided(frozen_eps, x, t, text, null, args.lora_guidance)
 
+    step_size = args.batch_size * args.grad_accum * ranks
     say(json.dumps(config))
-    say(f"{args.batch_size} x {args.grad_accum} accumulated x {ranks} processes = {args.batch_size * args.grad_accum * ranks} "
+    say(f"{args.batch_size} x {args.grad_accum} accumulated x {ranks} processes = {step_size} "
         f"captions a step, latents {teacher.latent_shape}, alpha_T {alpha[-1]:.6f}, sigma_T {sigma[-1]:.6f}, student "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M, LoRA {sum(p.numel() for p in lora_parameters) / 1e6:.2f} M "
         f"parameters, {device.type} {config['precision']}" + (f", going on from step {first_step}" if first_step else ""))
@@ -216,22 +206,24 @@ def main(argv=None):
         about = {"teacher": args.teacher if args.teacher == "tiny" else str(teacher.folder.resolve()) if os.path.isdir(args.teacher)
                  else args.teacher, "timestep": teacher.T, "parameterization": args.parameterization,
                  "seconds": teacher.seconds, "step": step, "flags": config}
-        (out / "student").mkdir(parents=True, exist_ok=True)
         write(out / "checkpoint.pt", lambda path: torch.save(
             {"step": step, "config": config, "digest": digest, "student": student.state_dict(), "ema": ema or [],
              "lora": lora_state(unet), "opt_student": opt_student.state_dict(), "opt_lora": opt_lora.state_dict()}, path))
+        (out / "student").mkdir(exist_ok=True)
         write(out / "student/diffusion_pytorch_model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
         write(out / "student/config.json", lambda path: path.write_text(student.to_json_string()))
         write(out / "student/swiftaudio.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
         save_lora(unet, out / "lora", args.lora_rank, args.lora_alpha)
 
+    if first_step >= args.max_steps:                                # finished, but perhaps killed between two files
+        save(first_step)
     # ---- the loop (the paper's Algorithm 1) ------------------------------------------------------------------------
     log = Log(out, first_step, device) if rank == 0 else None
     totals = {name: torch.zeros((), device=device) for name in LOSSES}
     by_t = torch.zeros(2, 2, 4, device=device)                      # (vsd or lora, sum or count, quarter of t)
     bad_step = torch.tensor(math.inf, device=device)
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps, desc="distil", disable=rank > 0)
-    started, samples = time.time(), 0
+    started, logged = time.time(), first_step                       # of the interval that the next log line is about
     for step in bar:
         for group, lr in ((opt_student.param_groups[0], args.lr), (opt_lora.param_groups[0], args.lora_lr)):
             group["lr"] = lr * min(1, (step + 1) / max(1, args.warmup)) * (1 - step / args.max_steps if args.decay else 1)
@@ -275,16 +267,16 @@ def main(argv=None):
         opt_student.step()
         opt_lora.step()
         if ema:
-            torch._foreach_lerp_(ema, list(student.parameters()), 1 - min(args.ema, (step + 1) / (step + 10)))
-        samples += args.batch_size * args.grad_accum * ranks
+            torch._foreach_lerp_(ema, [p.detach() for p in student.parameters()], 1 - min(args.ema, (step + 1) / (step + 10)))
 
         done = step + 1 == args.max_steps
-        due_log, due_save = done or (step + 1) % args.log_every == 0, done or (step + 1) % args.save_every == 0
-        if (due_log or due_save) and math.isfinite(bad_step):
+        due_save = done or (step + 1) % args.save_every == 0
+        due_log = due_save or (step + 1) % args.log_every == 0      # with each save, so that a resumed log has the same lines
+        if due_log and math.isfinite(bad_step):
             raise InputError(f"step {int(bad_step)}: the loss or a gradient is not finite; nothing was saved since, the checkpoint "
-                             f"in {out} is good. Try a smaller --lr or --lora_lr, more --warmup, or --precision fp32")
+                             f"in {out} is good. Go on from it with a smaller --lr or --lora_lr, or with --precision fp32")
         if due_log:
-            mean = torch.stack(list(totals.values())) / (step % args.log_every + 1)
+            mean = torch.stack(list(totals.values())) / (step + 1 - logged)
             parts = torch.cat([mean, by_t.flatten()])
             if ranks > 1:                                           # every process saw its own share of the batch
                 dist.all_reduce(parts)
@@ -293,15 +285,14 @@ def main(argv=None):
                 line = dict(zip(LOSSES, parts.tolist()))
                 sums, counts = parts[len(LOSSES):].view(2, 2, 4).unbind(1)
                 line["vsd_by_t"], line["lora_by_t"] = (sums / counts.clamp(min=1)).tolist()
-                line["samples_per_s"] = samples / (time.time() - started)
+                line["samples_per_s"] = (step + 1 - logged) * step_size / (time.time() - started)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in ("vsd", "lora", "x0_std")})
                 log.write(step + 1, line)
             for total in (*totals.values(), by_t):
                 total.zero_()
-            started, samples = time.time(), 0
-        if due_save:
-            save(step + 1)
-            started = time.time()
+            if due_save:
+                save(step + 1)
+            started, logged = time.time(), step + 1
     bar.close()
     if ranks > 1:
         dist.destroy_process_group()
@@ -337,4 +328,7 @@ class Log:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:
+        raise InputError(e)

@@ -54,7 +54,7 @@ def write_checkpoint(folder, layout="plain", dim=24, unet=(16, 32, 32, 32), vae=
     UNet2DConditionModel(
         sample_size=64, layers_per_block=more.get("layers", 1), block_out_channels=unet, cross_attention_dim=dim,
         attention_head_dim=heads, norm_num_groups=more.get("groups", 8)).save_pretrained(folder / "unet")
-    AutoencoderKL(block_out_channels=vae, layers_per_block=more.get("layers", 1), norm_num_groups=4, scaling_factor=0.18215,
+    AutoencoderKL(block_out_channels=vae, layers_per_block=more.get("layers", 1), norm_num_groups=more.get("groups", 4), scaling_factor=0.18215,
                   down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                   ).save_pretrained(folder / "vae")
     PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1,
@@ -63,8 +63,8 @@ def write_checkpoint(folder, layout="plain", dim=24, unet=(16, 32, 32, 32), vae=
     encoder = folder / ("text_encoder" if layout == "plain" else "text_encoder_0")
     size = write_tokenizer(folder / "tokenizer" if layout == "plain" else encoder)
     CLIPTextModel(CLIPTextConfig(
-        vocab_size=size, hidden_size=dim, intermediate_size=2 * dim, num_hidden_layers=text_layers, num_attention_heads=2,
-        projection_dim=dim, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(encoder)
+        vocab_size=more.get("vocab", size), hidden_size=dim, intermediate_size=4 * dim, num_hidden_layers=text_layers,
+        num_attention_heads=more.get("text_heads", 2), projection_dim=dim, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(encoder)
     if layout == "adapter":
         (folder / "condition_config.json").write_text(json.dumps([{
             "text_encoder_name": "openai/clip-vit-large-patch14", "condition_adapter_name": "condition_adapter_0",
@@ -73,8 +73,7 @@ def write_checkpoint(folder, layout="plain", dim=24, unet=(16, 32, 32, 32), vae=
         (folder / "condition_adapter_0/config.json").write_text(json.dumps({"condition_dim": dim}))
         torch.save({"proj.weight": torch.randn(dim, dim), "proj.bias": torch.randn(dim), "norm.weight": torch.rand(dim) + 0.5,
                     "norm.bias": torch.randn(dim)}, folder / "condition_adapter_0/condition_adapter.pt")
-    # 64 mels and 0.64 s: latents of 4 x 8 x 8
-    (folder / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64}))
+    (folder / "swiftaudio.json").write_text(json.dumps({"seconds": more.get("seconds", 0.64)}))     # latents of 4 x 8 x 8
     return folder
 
 
@@ -101,12 +100,12 @@ def captions(tmp_path_factory):
     return path
 
 
-def run(script, *flags, cwd, ranks=0, **kw):
+def run(script, *flags, cwd, ranks=0, threads=1, **kw):
     """Run train.py or sample.py as a user would: (exit code, all it printed)."""
     command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, **kw)
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800, **kw)
     return done.returncode, done.stdout
 
 

@@ -113,7 +113,7 @@ def test_a_name_for_every_clip():
 
 
 def test_the_picture_has_low_frequencies_at_the_bottom():
-    mel = torch.full((64, 10), -11.0)
+    mel = torch.full((64, 10), -12.0)
     mel[0] = 4
     rgb = np.asarray(sample.picture(mel))
     assert rgb.shape == (256, 40, 3) and rgb[-1].mean() > 200 and rgb[0].mean() < 5

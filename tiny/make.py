@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour on 2 CPU cores
-    python tiny/make.py --stage vocoder   # one stage: data, classifier, vae, vocoder, teacher
+    python tiny/make.py --stage vocoder   # one stage: data, classifier, vae, vocoder, teacher, settings
 
 Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -32,6 +32,15 @@ BUILD, TEACHER = HERE / "build", HERE / "teacher"
 VOCODER = dict(num_mels=MELS, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4],
                upsample_initial_channel=128, resblock="2", resblock_kernel_sizes=[3, 7],
                resblock_dilation_sizes=[[1, 3], [1, 3]], sampling_rate=16000, n_fft=2048, hop_size=160, win_size=1024)
+
+# The tiny teacher's own defaults, which train.py and sample.py read from its folder; LOG.md says how they were found.
+SETTINGS = {
+    "seconds": world.SECONDS,
+    "sample": {"guidance": 3.0},
+    "train": {"captions": "../captions.csv", "max_steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-4, "lora_lr": 5e-4,
+              "beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 3.0, "lora_guidance": 1.0,
+              "lora_rank": 32, "lora_alpha": 32.0, "lora_targets": "all", "tv_weight": 0.01, "save_every": 100, "eval_clips": 512},
+}
 
 
 def clip(index, descriptions, seed=SEED):
@@ -60,11 +69,6 @@ def fit(name, params, steps, lr, loss_of_step, after=lambda: None):
         after()
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-
-
-def batch(step, size, n, salt):
-    """Indices of a training batch: a function of the step, like everything random here."""
-    return np.random.default_rng((SEED, salt, step)).integers(n, size=size)
 
 
 def load_clips(n=CLIPS):
@@ -231,7 +235,16 @@ def stage_teacher(steps=2800, size=64):
     scheduler.save_pretrained(TEACHER / "scheduler")
 
 
-STAGES = dict(data=stage_data, classifier=stage_classifier, vae=stage_vae, vocoder=stage_vocoder, teacher=stage_teacher)
+def stage_settings():
+    (TEACHER / "swiftaudio.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+    (TEACHER / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
+
+
+STAGES = dict(data=stage_data, classifier=stage_classifier, vae=stage_vae, vocoder=stage_vocoder, teacher=stage_teacher,
+              settings=stage_settings)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

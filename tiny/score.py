@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from data import sampling_noise
+from data import read_json, sampling_noise
 from model import Teacher, denoiser, load_unet, log_mel, many_steps, one_step
+from sample import picture
 from tiny import world
 
 HERE = Path(__file__).resolve().parent
@@ -98,12 +100,12 @@ def generate(teacher, captions, latents, name, batch=32, seed=0):
 def report(teacher, student_folder, clips=512, steps=25, seed=0):
     """Score real audio, the teacher at many steps and at one, and a student, on the first of the held-out captions.
 
-    The reference is real audio of the same captions. Prints a table, returns it, and writes scores.json beside the student.
+    The reference is real audio of the same captions. Prints a table, returns it, and writes scores.json and spectrograms.png beside the student.
     """
     held = world.captions()[1]
     held = held[::max(1, len(held) // clips)][:clips]               # singles, seen pairs and unseen pairs alike
     captions = [text for text, _, _ in held]
-    unet, about = load_unet(teacher.folder).to(teacher.device), json.loads((Path(student_folder) / "swiftaudio.json").read_text())
+    unet, about = load_unet(teacher.folder).to(teacher.device), read_json(Path(student_folder) / "swiftaudio.json")
     student, null = load_unet(student_folder, "").to(teacher.device), teacher.encode_text([""])
     guidance = teacher.defaults["sample"]["guidance"]
     systems = {
@@ -112,16 +114,32 @@ def report(teacher, student_folder, clips=512, steps=25, seed=0):
         f"student after {about['step']} steps": lambda z, y: one_step(denoiser(student), z, y, teacher, about["parameterization"]),
     }
     classifier = load_classifier()
-    reference = features(classifier, real(held, 1))
-    table = {"real audio, rendered again": scores(reference, features(classifier, real(held, 2)))}
+    reference, sounds = features(classifier, real(held, 1)), {"real audio, rendered again": real(held, 2)}
     for name, latents in systems.items():
-        table[name] = scores(reference, features(classifier, generate(teacher, captions, latents, name, seed=seed)))
+        sounds[name] = generate(teacher, captions, latents, name, seed=seed)
+    table = {name: scores(reference, features(classifier, wavs)) for name, wavs in sounds.items()}
     print(f"\n{'N = ' + str(len(held)) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
     for name, row in table.items():
         print(f"{name:36s}" + "".join(f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
-    path = Path(student_folder).parent / "scores.json"
-    path.write_text(json.dumps({"clips": len(held), "seed": seed, "systems": table}, indent=2) + "\n")
+    out = Path(student_folder).parent
+    (out / "scores.json").write_text(json.dumps({"clips": len(held), "seed": seed, "systems": table}, indent=2) + "\n")
+    sheet(captions, sounds).save(out / "spectrograms.png")
+    print(f"{out / 'scores.json'}  {out / 'spectrograms.png'}")
     return table
+
+
+def sheet(captions, sounds, rows=6):
+    """Mel spectrograms side by side: a column a system, a row a caption."""
+    picked, width, height = np.linspace(0, len(captions) - 1, min(rows, len(captions))).astype(int), 384, 144
+    image = Image.new("RGB", (width * len(sounds), height * len(picked) + 20), "white")
+    draw = ImageDraw.Draw(image)
+    for column, (name, wavs) in enumerate(sounds.items()):
+        draw.text((column * width + 8, 4), name, "black")
+        for row, i in enumerate(picked):
+            tile = picture(log_mel(wavs[i:i + 1], 64)[0]).resize((width - 8, height - 24))
+            image.paste(tile, (column * width + 4, row * height + 40))
+            draw.text((column * width + 8, row * height + 24), captions[i], "black")
+    return image
 
 
 if __name__ == "__main__":

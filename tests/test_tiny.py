@@ -1,0 +1,128 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import train
+from model import TINY, Teacher
+from tiny import score, world
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher("tiny")
+
+
+def read(name):
+    with open(TINY.parent / name, newline="") as f:
+        return [row["caption"] for row in csv.DictReader(f)]
+
+
+def test_size_and_layout():
+    total = sum(f.stat().st_size for f in TINY.parent.rglob("*") if f.suffix in (".safetensors", ".pt") and "build" not in f.parts)
+    assert total <= 12 * 2 ** 20
+    assert {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "vocoder", "model_index.json"} <= {p.name for p in TINY.iterdir()}
+
+
+def test_captions_are_the_world_s_and_held_out_ones_are_new():
+    training, held = world.captions()
+    assert [t for t, _, _ in training] == read("captions.csv") and [t for t, _, _ in held] == read("heldout.csv")
+    assert len(held) == 512 and not {t for t, _, _ in held} & {t for t, _, _ in training}
+    pairs = lambda rows: {frozenset(e[0] for e in events) for _, events, _ in rows if len(events) == 2}
+    unseen = {frozenset(pair) for pair in world.UNSEEN}
+    assert not pairs(training) & unseen and pairs(held) & unseen == unseen
+    assert sum(frozenset(e[0] for e in events) in unseen for _, events, _ in held) == 224
+    assert {"dog", "rain"} not in unseen and "a dog barks twice" in {t for t, _, _ in training + held}
+
+
+def test_rendering_is_a_function_of_the_seed():
+    for event in world.NAMES:
+        for subject in range(len(world.EVENTS[event][0])):
+            for adverb in world.EVENTS[event][3]:
+                a, labels = world.render(np.random.default_rng(1), ((event, subject, adverb),), "")
+                assert a.shape == (40960,) and np.isfinite(a).all() and np.abs(a).max() == pytest.approx(0.95, abs=1e-3)
+                assert [world.LABELS[i] for i in labels] == [f"{event} {adverb}"]
+    again, _ = world.render(np.random.default_rng(1), ((event, subject, adverb),), "")
+    other, _ = world.render(np.random.default_rng(2), ((event, subject, adverb),), "")
+    assert np.array_equal(a, again) and not np.array_equal(a, other)
+    # "followed by" keeps the halves apart
+    a, _ = world.render(np.random.default_rng(0), (("rain", 0, "heavily"), ("dog", 0, "once")), "followed by")
+    assert np.abs(a[:20000]).max() > 0.1
+
+
+def test_frechet_closed_forms():
+    g = torch.Generator().manual_seed(0)
+    for n, d in ((400, 8), (30, 50)):                               # N > D and N < D
+        x = torch.randn(n, d, generator=g).double()
+        assert score.frechet(x, x) == pytest.approx(0, abs=1e-8)
+        assert score.frechet(x, x + 2) == pytest.approx(4 * d, rel=1e-9)
+        variance = float(torch.trace(x.T.cov()))
+        assert score.frechet(x - x.mean(0), 2 * (x - x.mean(0))) == pytest.approx(variance, rel=1e-9)     # (2 - 1)^2 tr S
+    # a float64 reference with eigenvalues: tr (Sx Sy)^(1/2) is the sum of the roots of the product's eigenvalues
+    x, y = torch.randn(300, 6, generator=g).double(), torch.randn(200, 6, generator=g).double() @ torch.randn(6, 6, generator=g).double()
+    sx, sy, dm = x.T.cov(), y.T.cov(), x.mean(0) - y.mean(0)
+    expected = dm @ dm + sx.trace() + sy.trace() - 2 * torch.linalg.eigvals(sx @ sy).real.clamp(min=0).sqrt().sum()
+    assert score.frechet(x, y) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_kl_and_is_closed_forms():
+    z = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    uniform = torch.zeros(2, 3)
+    e = torch.randn(2, 4)
+    kl = (0.5 * np.log(1.5) + 0.5 * np.log(0.75))
+    row = score.scores((e, z), (e, uniform))
+    assert row["KL"] == pytest.approx(kl, abs=1e-5) and row["IS"] == pytest.approx(1, abs=1e-6) and row["FD"] == pytest.approx(0, abs=1e-6)
+    sure = torch.eye(3) * 100
+    assert score.scores((e, z), (e, z))["KL"] == pytest.approx(0, abs=1e-4)
+    assert score.scores((torch.randn(3, 4), sure), (torch.randn(3, 4), sure))["IS"] == pytest.approx(3, rel=1e-4)
+
+
+def test_the_classifier_knows_the_world():
+    net, held = score.load_classifier(), world.captions()[1][:64]   # one event each
+    hits = []
+    for i, (_, events, join) in enumerate(held):
+        wav, labels = world.render(np.random.default_rng((9, i)), events, join)
+        _, logits = net(torch.from_numpy(wav)[None])
+        hits.append(int(logits.argmax()) == labels[0])
+    assert np.mean(hits) > 0.9
+
+
+def test_unknown_words_are_named(teacher):
+    warning, = teacher.check(["a dog barks twice", "a Dog barks, in a cathedral"])
+    assert "'in'" in warning and "'cathedral'" in warning and "Dog" not in warning.split("seen")[1]
+    assert teacher.check([" ".join(["rain"] * 30)])[0].startswith("warning: 32 tokens, 24 fit")
+    assert torch.equal(teacher.encode_text(["a dog barks"]), teacher.encode_text(["A dog, barks!"]))
+
+
+def test_the_first_losses_are_those_of_the_readme(tmp_path, monkeypatch):
+    """Golden: the default run's first three steps."""
+    train.main(["--teacher", "tiny", "--max_steps", "3", "--log_every", "1", "--eval_clips", "0", "--no-decay", "--device", "cpu", "--out_dir", str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line, (vsd, lora, x0_std) in zip(lines, GOLDEN, strict=True):
+        assert (line["vsd"], line["lora"], line["x0_std"]) == pytest.approx((vsd, lora, x0_std), rel=2e-2)
+
+
+GOLDEN = []
+
+
+def test_train_score_and_sample_end_to_end(tmp_path):
+    code, output = run("train.py", "--teacher", "tiny", "--max_steps", 2, "--batch_size", 2, "--eval_clips", 8, cwd=tmp_path, threads=2)
+    assert code == 0 and "student after 2 steps" in output and "teacher, 25 steps" in output, output
+    table = json.loads((tmp_path / "out/scores.json").read_text())
+    assert table["clips"] == 8 and len(table["systems"]) == 4 and all(row["FD"] > 0 for row in table["systems"].values())
+    assert (tmp_path / "out/spectrograms.png").stat().st_size > 10000
+    code, output = run("sample.py", "--prompt", "a dog barks twice", cwd=tmp_path)
+    assert code == 0 and "samples/a-dog-barks-twice_seed0_0.wav" in output and "warning" not in output, output
+
+
+@pytest.mark.slow
+def test_audiocaps_like_file(tmp_path):
+    """50,000 rows of words the tiny teacher never saw: read at once, and trained on."""
+    path = Path(tmp_path / "train.csv")
+    path.write_text("audiocap_id,youtube_id,start_time,caption\n" + "".join(f'{i},x,0,"Noise number {i}, far away"\n' for i in range(50000)))
+    code, output = run("train.py", "--teacher", "tiny", "--captions", path, "--max_steps", 5, "--eval_clips", 0, cwd=tmp_path, threads=2)
+    assert code == 0 and "50000 captions used" in output, output
