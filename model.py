@@ -178,7 +178,7 @@ def load_part(folder, part, loader):
         raise
     except Exception as e:                              # each library fails in its own way: one line for all
         raise InputError(f"{Path(folder) / part}: cannot be loaded, is a file missing or cut short? "
-                         f"({type(e).__name__}: {(str(e).strip() or "?").splitlines()[0][:200]})")
+                         f"({type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:200]})")
 
 
 def load_unet(folder, part="unet"):

@@ -83,13 +83,13 @@ def parse_args(argv=None):
     if args.captions:                                               # say what is wrong before gigabytes are downloaded
         data.read_captions(args.captions, args.caption_column, args.max_captions)
     elif args.teacher != "tiny" and not os.path.isdir(args.teacher):
-        raise InputError("--captions FILE is needed: which captions shall the student learn from?")
+        raise InputError("--captions FILE is needed")
     folder = find(args.teacher)
     defaults = folder_defaults(folder).get("train", {})             # a teacher's own defaults; the command line wins
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
     if args.captions is None:
-        raise InputError("--captions FILE is needed: which captions shall the student learn from?")
+        raise InputError("--captions FILE is needed")
     if args.captions == defaults.get("captions"):
         args.captions = str((folder / args.captions).resolve())
     if args.lora_guidance is None:
