@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour on 2 CPU cores
-    python tiny/make.py --stage vocoder   # one stage: data, classifier, vae, vocoder, teacher, settings
+    python tiny/make.py --stage vocoder   # one stage: data, vae, vocoder, decoder, teacher, settings, classifier
 
 Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -92,20 +92,6 @@ def stage_data():
     np.save(BUILD / "images.npy", torch.cat(images).numpy())
 
 
-def stage_classifier(steps=900):
-    wavs, _, labels = load_clips()
-    torch.manual_seed(SEED)
-    net = score.Classifier()
-    def loss(step):
-        rng = np.random.default_rng((SEED, 1, step))
-        i = np.sort(rng.integers(CLIPS, size=64))
-        x = torch.from_numpy(wavs[i] / np.float32(32767))
-        noise = 10 ** rng.uniform(-4, -2, (64, 1)) * rng.standard_normal(x.shape)     # deaf to a little noise
-        return F.binary_cross_entropy_with_logits(net(x + torch.from_numpy(noise).float())[1], labels[i].float())
-    fit("classifier", list(net.parameters()), steps, 2e-3, loss)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}, HERE / "classifier.safetensors")
-
-
 def stage_vae(steps=900, size=32):
     _, images, _ = load_clips()
     torch.manual_seed(SEED)
@@ -146,17 +132,17 @@ def spectral_loss(y, x):
     return total / 4
 
 
-def stage_vocoder(steps=5000, frames=32):
-    wavs, images, _ = load_clips(8000)
+def stage_vocoder(steps=5000, frames=32, clips=3000):
+    wavs, images, _ = load_clips(clips)
     vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
-    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :8000].copy()).float()
+    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :clips].copy()).float()
     torch.manual_seed(SEED)
     net = HiFiGAN(VOCODER)
     with torch.no_grad():                               # half of the training mels come through the VAE, as in use
         decoded = torch.cat([vae.decode(z).sample[:, 0].half() for z in tqdm(latents.split(64), desc="decode")])
     def loss(step):
         rng = np.random.default_rng((SEED, 3, step))
-        rows, starts = rng.integers(8000, size=16), rng.integers(0, 256 - frames, 16)
+        rows, starts = rng.integers(clips, size=16), rng.integers(0, 256 - frames, 16)
         image = torch.stack([(decoded if k % 2 else images)[i, :, j:j + frames] for k, (i, j) in enumerate(zip(rows, starts))])
         x = torch.stack([torch.from_numpy(wavs[i, j * 160:(j + frames) * 160] / np.float32(32767)) for i, j in zip(rows, starts)])
         y = net(image_to_mel(image[:, None].float()))
@@ -173,6 +159,45 @@ def stage_vocoder(steps=5000, frames=32):
     (TEACHER / "vocoder").mkdir(parents=True, exist_ok=True)
     torch.save({"generator": state}, TEACHER / "vocoder/vocoder.pt")
     (TEACHER / "vocoder/config.json").write_text(json.dumps(VOCODER, indent=2) + "\n")
+
+
+def stage_decoder(steps=700, size=16):
+    """Tune the VAE's decoder for right energy in blocks too: L1 on single pixels alone makes noise too quiet and too smooth."""
+    _, images, _ = load_clips()
+    latents = torch.from_numpy(np.load(BUILD / "latents.npy"))
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float().to(memory_format=torch.channels_last)
+    def loss(step):
+        rng = np.random.default_rng((SEED, 5, step))
+        rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 17, size)
+        x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in zip(rows, starts)])[:, None].float()
+        mean, std = torch.stack([latents[:, i, :, :, j:j + 16] for i, j in zip(rows, starts)], 1).float()
+        z = mean + std * torch.from_numpy(rng.standard_normal(mean.shape)).float()
+        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return F.l1_loss(y, x.expand_as(y)) + 0.1 * F.l1_loss(score.blocks(image_to_mel(y)), score.blocks(image_to_mel(x)))
+    params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    fit("decoder", params, steps, 1e-3, loss)
+    vae.half().save_pretrained(TEACHER / "vae")
+
+
+def stage_classifier(steps=1000, size=48, clips=2000):
+    """Trained on clips as rendered and as the VAE and the vocoder return them, so that it hears events, not codecs."""
+    _, images, labels = load_clips()
+    from model import Teacher
+    codec = Teacher(TEACHER)
+    scale = codec.vae.config.scaling_factor
+    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :clips].copy()).float()
+    mels = torch.cat([image_to_mel(i[:, None]) for i in images.split(500)])
+    returned = torch.cat([log_mel(codec.vocode(codec.decode(z * scale)), MELS) for z in tqdm(latents.split(50), desc="codec")])
+    x, y = torch.cat([score.blocks(m) for m in (*mels.split(500), returned)]), torch.cat([labels, labels[:clips]]).float()
+    torch.manual_seed(SEED)
+    net = score.Classifier()
+    def loss(step):
+        rng = np.random.default_rng((SEED, 1, step))
+        i = torch.from_numpy(np.concatenate([rng.integers(CLIPS, size=size * 2 // 3), CLIPS + rng.integers(clips, size=size // 3)]))
+        return F.binary_cross_entropy_with_logits(net.of_blocks(x[i])[1], y[i])
+    fit("classifier", list(net.parameters()), steps, 3e-3, loss)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}, HERE / "classifier.safetensors")
 
 
 def make_tokenizer(texts):
@@ -243,8 +268,8 @@ def stage_settings():
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, classifier=stage_classifier, vae=stage_vae, vocoder=stage_vocoder, teacher=stage_teacher,
-              settings=stage_settings)
+STAGES = dict(data=stage_data, vae=stage_vae, vocoder=stage_vocoder, decoder=stage_decoder, teacher=stage_teacher,
+              settings=stage_settings, classifier=stage_classifier)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -24,24 +24,32 @@ from tiny import world
 HERE = Path(__file__).resolve().parent
 
 
-class Classifier(nn.Module):
-    """Waveform (B, N) at 16 kHz -> (embedding (B, 128) after its ReLU, logits (B, labels))."""
+def blocks(mel):
+    """Log energy of a log-mel (B, 64, frames) in blocks of 2 mels x 40 ms, offset as in VGGish: (B, 32, frames / 4)."""
+    return (F.avg_pool2d(mel.exp()[:, None], (2, 4))[:, 0] + 0.01).log()
 
-    def __init__(self, labels=len(world.LABELS), width=24):
+
+class Classifier(nn.Module):
+    """Waveform (B, 40960) at 16 kHz -> (embedding (B, 128) after its ReLU, logits (B, labels))."""
+
+    def __init__(self, labels=len(world.LABELS)):
         super().__init__()
-        chans = [1, width, 2 * width, 4 * width, 4 * width]
+        chans = [1, 16, 32, 64, 64]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in chans[1:])
-        self.embed = nn.Linear(chans[-1] * 4, 128)
+        self.embed = nn.Linear(4 * chans[-1], 128)
         self.head = nn.Linear(128, labels)
 
     def forward(self, wav):
-        x = (log_mel(wav, 64).exp() + 0.01).log()[:, None]       # VGGish's offset: near-silence sounds alike
-        x = (x + 2) / 2.5
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.max_pool2d(F.relu(norm(conv(x))), 2)
-        x = x.unflatten(2, (4, 1)).flatten(1, 3) if x.shape[2] == 4 else x      # (B, C * 4, frames / 16)
-        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))
+        return self.of_blocks(blocks(log_mel(wav, 64)))
+
+    def of_blocks(self, x):
+        x = (x[:, None] + 2) / 2.5                                  # (B, 1, 32, 64)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, 2) if i else x                      # (B, 64, 4, 8) in the end
+        x = x.flatten(1, 2)
+        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))             # pools time as CNN14 does
         return e, self.head(e)
 
 
