@@ -116,9 +116,41 @@ class HiFiGAN(nn.Module):
         return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))[:, 0]
 
 
+class GriffinLim(nn.Module):
+    """Phases by Griffin and Lim (1984), in HiFi-GAN's place where nothing is trained: the tiny teacher's vocoder.
+
+    A convolutional vocoder turns a steady spectrum into a signal that repeats with every frame, so that it cannot hold
+    a tone between multiples of 100 Hz unless trained at length; the tiny world is full of such tones.
+    """
+
+    def __init__(self, num_mels, steps):
+        super().__init__()
+        self.num_mels, self.steps = num_mels, steps
+
+    def forward(self, mel):
+        bank, target = mel_filters(self.num_mels, mel.device), mel.float().exp()
+        window = torch.hann_window(WIN, device=mel.device)
+        magnitude = bank @ target
+        for _ in range(30):                             # non-negative magnitudes with the given mels (KL updates of NMF)
+            magnitude = magnitude * (bank @ (target / (bank.T @ magnitude + 1e-8))) / (bank.sum(1, keepdim=True) + 1e-8)
+        generator = torch.Generator().manual_seed(0)    # the same start whatever the batch
+        phase = torch.rand(magnitude.shape[1:], generator=generator).to(mel.device) * 2 * math.pi
+        spec, before, length = torch.polar(magnitude, phase.expand_as(magnitude)), 0, mel.shape[-1] * HOP
+        for _ in range(self.steps):                     # with the momentum of Perraudin et al. (2013)
+            wav = torch.istft(spec, N_FFT, HOP, WIN, window, length=length - HOP)
+            now = torch.stft(wav, N_FFT, HOP, WIN, window, return_complex=True)
+            spec, before = torch.polar(magnitude, (now + 0.99 * (now - before)).angle()), now
+        return F.pad(wav, (HOP // 2, HOP // 2)).clamp(-1, 1)
+
+
 def load_vocoder(folder):
-    """The HiFiGAN of a folder holding config.json and vocoder.pt ({"generator": state_dict}), weight norm folded in."""
+    """The vocoder of a folder: a HiFiGAN of config.json and vocoder.pt ({"generator": state_dict}), weight norm folded in.
+
+    A config.json of {"num_mels": ..., "griffin_lim": steps} gives GriffinLim.
+    """
     config = read_json(Path(folder) / "config.json")
+    if "griffin_lim" in config:
+        return GriffinLim(config["num_mels"], config["griffin_lim"])
     path = Path(folder) / "vocoder.pt"
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)["generator"]

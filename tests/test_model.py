@@ -106,6 +106,18 @@ def test_weight_norm_is_folded(tmp_path, kind):
     assert vocoder(torch.randn(1, 64, 5)).abs().max() <= 1
 
 
+def test_griffin_lim_returns_the_mel():
+    """A tone between two multiples of 100 Hz, and the same clip alone and in a batch."""
+    t = torch.arange(40960) / 16000
+    wav = torch.stack([0.5 * torch.sin(2 * math.pi * 1234 * t), 0.5 * torch.sin(2 * math.pi * 440 * t) * torch.exp(-2 * t)])
+    mel, vocoder = log_mel(wav, 64), model.GriffinLim(64, 32)
+    again = vocoder(mel)
+    assert again.shape == wav.shape and torch.allclose(again[1:], vocoder(mel[1:]), atol=1e-4)
+    assert (log_mel(again, 64) - mel)[mel > -2].abs().mean() < 0.3
+    spectrum = torch.fft.rfft(again[0]).abs()
+    assert spectrum.argmax() * 16000 / 40960 == pytest.approx(1234, abs=60)       # a mel is about 60 Hz wide there
+
+
 # ---- text, in both layouts ----
 
 def test_text_of_the_plain_layout(plain):

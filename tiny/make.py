@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour on 2 CPU cores
-    python tiny/make.py --stage vocoder   # one stage: data, vae, vocoder, decoder, teacher, settings, classifier
+    python tiny/make.py --stage decoder   # some: data, vae, decoder, teacher, polish, settings, classifier
 
 Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -24,14 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import HiFiGAN, image_to_mel, log_mel, mel_to_image, peak_normalize
+from model import image_to_mel, log_mel, mel_to_image
 from tiny import score, world
 
 SEED, CLIPS, MELS = 0, 20000, 64
 BUILD, TEACHER = HERE / "build", HERE / "teacher"
-VOCODER = dict(num_mels=MELS, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4],
-               upsample_initial_channel=128, resblock="2", resblock_kernel_sizes=[3, 7],
-               resblock_dilation_sizes=[[1, 3], [1, 3]], sampling_rate=16000, n_fft=2048, hop_size=160, win_size=1024)
 
 # The tiny teacher's own defaults, which train.py and sample.py read from its folder; LOG.md says how they were found.
 SETTINGS = {
@@ -122,45 +119,6 @@ def encode(vae, images):
     return vae.encode(images.float()[:, None].repeat(1, 3, 1, 1)).latent_dist.sample()
 
 
-def spectral_loss(y, x):
-    """Multi-resolution STFT distance of waveforms: spectral convergence and log magnitude (arXiv 1910.11480)."""
-    total = 0
-    for n in (128, 512, 1024, 2048):
-        window = torch.hann_window(n)
-        a, b = (torch.stft(w, n, n // 4, window=window, return_complex=True).abs().clamp(min=1e-4) for w in (y, x))
-        total = total + (a - b).norm() / b.norm() + (a.log() - b.log()).abs().mean()
-    return total / 4
-
-
-def stage_vocoder(steps=5000, frames=32, clips=3000):
-    wavs, images, _ = load_clips(clips)
-    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
-    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :clips].copy()).float()
-    torch.manual_seed(SEED)
-    net = HiFiGAN(VOCODER)
-    with torch.no_grad():                               # half of the training mels come through the VAE, as in use
-        decoded = torch.cat([vae.decode(z).sample[:, 0].half() for z in tqdm(latents.split(64), desc="decode")])
-    def loss(step):
-        rng = np.random.default_rng((SEED, 3, step))
-        rows, starts = rng.integers(clips, size=16), rng.integers(0, 256 - frames, 16)
-        image = torch.stack([(decoded if k % 2 else images)[i, :, j:j + frames] for k, (i, j) in enumerate(zip(rows, starts))])
-        x = torch.stack([torch.from_numpy(wavs[i, j * 160:(j + frames) * 160] / np.float32(32767)) for i, j in zip(rows, starts)])
-        y = net(image_to_mel(image[:, None].float()))
-        return spectral_loss(y, x) + F.l1_loss(log_mel(y, MELS), log_mel(x, MELS))
-    fit("vocoder", list(net.parameters()), steps, 2e-3, loss)
-    state = {}
-    for name, w in net.state_dict().items():            # the published files hold weight-norm pairs: w = g * v / |v|
-        layer, kind = name.rsplit(".", 1)
-        if kind == "bias":
-            state[name] = w.half()
-        else:
-            state[f"{layer}.weight_g"] = w.flatten(1).norm(dim=1).view(-1, 1, 1).half()
-            state[f"{layer}.weight_v"] = w.half()
-    (TEACHER / "vocoder").mkdir(parents=True, exist_ok=True)
-    torch.save({"generator": state}, TEACHER / "vocoder/vocoder.pt")
-    (TEACHER / "vocoder/config.json").write_text(json.dumps(VOCODER, indent=2) + "\n")
-
-
 def stage_decoder(steps=700, size=16):
     """Tune the VAE's decoder for right energy in blocks too: L1 on single pixels alone makes noise too quiet and too smooth."""
     _, images, _ = load_clips()
@@ -180,22 +138,22 @@ def stage_decoder(steps=700, size=16):
     vae.half().save_pretrained(TEACHER / "vae")
 
 
-def stage_classifier(steps=1000, size=48, clips=2000):
-    """Trained on clips as rendered and as the VAE and the vocoder return them, so that it hears events, not codecs."""
+def stage_classifier(steps=1500, size=48, clips=8000):
+    """Trained on clips as rendered and as the VAE returns them, so that it hears events rather than the VAE."""
     _, images, labels = load_clips()
-    from model import Teacher
-    codec = Teacher(TEACHER)
-    scale = codec.vae.config.scaling_factor
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
     latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :clips].copy()).float()
-    mels = torch.cat([image_to_mel(i[:, None]) for i in images.split(500)])
-    returned = torch.cat([log_mel(codec.vocode(codec.decode(z * scale)), MELS) for z in tqdm(latents.split(50), desc="codec")])
-    x, y = torch.cat([score.blocks(m) for m in (*mels.split(500), returned)]), torch.cat([labels, labels[:clips]]).float()
+    x = [score.blocks(image_to_mel(part[:, None])) for part in images.split(500)]
+    with torch.no_grad():
+        x += [score.blocks(image_to_mel(vae.decode(z).sample)) for z in tqdm(latents.split(50), desc="decode")]
+    x, y = torch.cat(x), torch.cat([labels, labels[:clips]]).float()
     torch.manual_seed(SEED)
     net = score.Classifier()
     def loss(step):
         rng = np.random.default_rng((SEED, 1, step))
-        i = torch.from_numpy(np.concatenate([rng.integers(CLIPS, size=size * 2 // 3), CLIPS + rng.integers(clips, size=size // 3)]))
-        return F.binary_cross_entropy_with_logits(net.of_blocks(x[i])[1], y[i])
+        i = torch.from_numpy(np.concatenate([rng.integers(CLIPS, size=size // 2), CLIPS + rng.integers(clips, size=size // 2)]))
+        noise = 0.3 * torch.from_numpy(rng.random((size, 1, 1)) * rng.standard_normal(x[i].shape)).float()
+        return F.binary_cross_entropy_with_logits(net.head(F.dropout(net.of_blocks(x[i] + noise)[0], 0.3)), y[i])
     fit("classifier", list(net.parameters()), steps, 3e-3, loss)
     save_file({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}, HERE / "classifier.safetensors")
 
@@ -213,7 +171,7 @@ def make_tokenizer(texts):
                                    unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
-def stage_teacher(steps=2800, size=64):
+def stage_teacher(steps=2800, size=64, lr=1.5e-3, go_on=False):
     mean, std = torch.from_numpy(np.load(BUILD / "latents.npy")).float()
     scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
     texts = [t for t, _, _ in world.captions(SEED)[0]]
@@ -228,6 +186,9 @@ def stage_teacher(steps=2800, size=64):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
+    if go_on:
+        unet = UNet2DConditionModel.from_pretrained(TEACHER / "unet").float().to(memory_format=torch.channels_last)
+        text = CLIPTextModel.from_pretrained(TEACHER / "text_encoder").float()
     # Stable Diffusion's noise schedule, as in Auffusion; DDIM with trailing spacing, so that few steps start at t = 999 too
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                               clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
@@ -236,10 +197,10 @@ def stage_teacher(steps=2800, size=64):
     ema = [p.detach().clone() for p in params]
     seen = 0
     def loss(step):
-        rng = np.random.default_rng((SEED, 4, step))
+        rng = np.random.default_rng((SEED, 6 if go_on else 4, step))
         i = torch.from_numpy(rng.integers(CLIPS, size=size))
         caption = torch.where(torch.from_numpy(rng.random(size) < 0.1), len(texts), i % len(texts))   # 10 % unconditional
-        g = torch.Generator().manual_seed(step)
+        g = torch.Generator().manual_seed(step + 10 ** 6 * go_on)
         x0 = scale * (mean[i] + std[i] * torch.randn(mean[i].shape, generator=g))
         eps, t = torch.randn(x0.shape, generator=g), torch.randint(1000, (size,), generator=g)
         a = alphas[t].view(-1, 1, 1, 1)
@@ -251,7 +212,7 @@ def stage_teacher(steps=2800, size=64):
         nonlocal seen
         seen += 1
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (seen + 1), 0.004))
-    fit("teacher", params, steps, 1.5e-3, loss, after)
+    fit("teacher", params, steps, lr, loss, after)
     for p, e in zip(params, ema):
         p.data.copy_(e)
     unet.half().save_pretrained(TEACHER / "unet")
@@ -260,15 +221,22 @@ def stage_teacher(steps=2800, size=64):
     scheduler.save_pretrained(TEACHER / "scheduler")
 
 
+def stage_polish():
+    """More of the same, from the averaged weights and at a smaller rate."""
+    stage_teacher(steps=1000, lr=5e-4, go_on=True)
+
+
 def stage_settings():
     (TEACHER / "swiftaudio.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+    (TEACHER / "vocoder").mkdir(exist_ok=True)
+    (TEACHER / "vocoder/config.json").write_text(json.dumps({"num_mels": MELS, "griffin_lim": 32}) + "\n")
     (TEACHER / "model_index.json").write_text(json.dumps({
         "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, vae=stage_vae, vocoder=stage_vocoder, decoder=stage_decoder, teacher=stage_teacher,
+STAGES = dict(data=stage_data, vae=stage_vae, decoder=stage_decoder, teacher=stage_teacher, polish=stage_polish,
               settings=stage_settings, classifier=stage_classifier)
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import read_json, sampling_noise
-from model import Teacher, denoiser, load_unet, log_mel, many_steps, one_step
+from model import LOG_MAX, LOG_MIN, Teacher, denoiser, load_unet, log_mel, many_steps, one_step
 from sample import picture
 from tiny import world
 
@@ -30,7 +30,7 @@ def blocks(mel):
 
 
 class Classifier(nn.Module):
-    """Waveform (B, 40960) at 16 kHz -> (embedding (B, 128) after its ReLU, logits (B, labels))."""
+    """Log-mel (B, 64, 256) -> (embedding (B, 128) after its ReLU, logits (B, labels))."""
 
     def __init__(self, labels=len(world.LABELS)):
         super().__init__()
@@ -40,8 +40,8 @@ class Classifier(nn.Module):
         self.embed = nn.Linear(4 * chans[-1], 128)
         self.head = nn.Linear(128, labels)
 
-    def forward(self, wav):
-        return self.of_blocks(blocks(log_mel(wav, 64)))
+    def forward(self, mel):
+        return self.of_blocks(blocks(mel))
 
     def of_blocks(self, x):
         x = (x[:, None] + 2) / 2.5                                  # (B, 1, 32, 64)
@@ -54,9 +54,9 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def features(classifier, wavs, batch=64):
-    """Embeddings (n, 128) and logits (n, labels) of waveforms (n, N)."""
-    parts = [classifier(w) for w in wavs.split(batch)]
+def features(classifier, mels, batch=64):
+    """Embeddings (n, 128) and logits (n, labels) of log-mels (n, 64, 256)."""
+    parts = [classifier(m) for m in mels.split(batch)]
     return torch.cat([e for e, _ in parts]), torch.cat([z for _, z in parts])
 
 
@@ -89,20 +89,24 @@ def load_classifier():
 
 
 def real(descriptions, seed):
-    """Descriptions rendered with a seed: waveforms (n, N)."""
-    return torch.stack([torch.from_numpy(world.render(np.random.default_rng((seed, i)), events, join)[0])
+    """Descriptions rendered with a seed: log-mels (n, 64, 256)."""
+    wavs = torch.stack([torch.from_numpy(world.render(np.random.default_rng((seed, i)), events, join)[0])
                         for i, (_, events, join) in enumerate(descriptions)])
+    return torch.cat([log_mel(w, 64).clamp(LOG_MIN, LOG_MAX) for w in wavs.split(64)])
 
 
 @torch.no_grad()
 def generate(teacher, captions, latents, name, batch=32, seed=0):
-    """Waveforms (n, N) of captions; latents(z_T, text) is the system. Caption i gets noise i of the seed."""
-    wavs = []
+    """Log-mels (n, 64, 256) of captions; latents(z_T, text) is the system. Caption i gets noise i of the seed.
+
+    They are scored before the vocoder: it would take longer than everything else.
+    """
+    mels = []
     for i in tqdm(range(0, len(captions), batch), desc=name):
         texts = captions[i:i + batch]
         z_T = torch.stack([sampling_noise(seed, i + k, teacher.latent_shape) for k in range(len(texts))])
-        wavs.append(teacher.vocode(teacher.decode(latents(z_T.to(teacher.device), teacher.encode_text(texts)))).cpu())
-    return torch.cat(wavs)
+        mels.append(teacher.decode(latents(z_T.to(teacher.device), teacher.encode_text(texts))).cpu())
+    return torch.cat(mels)
 
 
 def report(teacher, student_folder, clips=512, steps=25, seed=0):
@@ -125,7 +129,7 @@ def report(teacher, student_folder, clips=512, steps=25, seed=0):
     reference, sounds = features(classifier, real(held, 1)), {"real audio, rendered again": real(held, 2)}
     for name, latents in systems.items():
         sounds[name] = generate(teacher, captions, latents, name, seed=seed)
-    table = {name: scores(reference, features(classifier, wavs)) for name, wavs in sounds.items()}
+    table = {name: scores(reference, features(classifier, mels)) for name, mels in sounds.items()}
     print(f"\n{'N = ' + str(len(held)) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
     for name, row in table.items():
         print(f"{name:36s}" + "".join(f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
@@ -141,10 +145,10 @@ def sheet(captions, sounds, rows=6):
     picked, width, height = np.linspace(0, len(captions) - 1, min(rows, len(captions))).astype(int), 384, 144
     image = Image.new("RGB", (width * len(sounds), height * len(picked) + 20), "white")
     draw = ImageDraw.Draw(image)
-    for column, (name, wavs) in enumerate(sounds.items()):
+    for column, (name, mels) in enumerate(sounds.items()):
         draw.text((column * width + 8, 4), name, "black")
         for row, i in enumerate(picked):
-            tile = picture(log_mel(wavs[i:i + 1], 64)[0]).resize((width - 8, height - 24))
+            tile = picture(mels[i]).resize((width - 8, height - 24))
             image.paste(tile, (column * width + 4, row * height + 40))
             draw.text((column * width + 8, row * height + 24), captions[i], "black")
     return image
