@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour on 2 CPU cores
-    python tiny/make.py --stage decoder   # some: data, vae, decoder, teacher, polish, settings, classifier
+    python tiny/make.py --stage decoder   # some: data, vae, decoder, teacher, settings, classifier
 
 Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -33,10 +33,10 @@ BUILD, TEACHER = HERE / "build", HERE / "teacher"
 # The tiny teacher's own defaults, which train.py and sample.py read from its folder; LOG.md says how they were found.
 SETTINGS = {
     "seconds": world.SECONDS,
-    "sample": {"guidance": 3.0},
-    "train": {"captions": "../captions.csv", "max_steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 1e-4, "lora_lr": 5e-4,
-              "beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 3.0, "lora_guidance": 1.0,
-              "lora_rank": 32, "lora_alpha": 32.0, "lora_targets": "all", "tv_weight": 0.01, "save_every": 100, "eval_clips": 512},
+    "sample": {"guidance": 2.0},
+    "train": {"captions": "../captions.csv", "max_steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "lora_lr": 1e-3,
+              "beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 2.0, "lora_guidance": 1.0,
+              "lora_rank": 16, "lora_alpha": 16.0, "lora_targets": "all", "tv": "none", "save_every": 100, "eval_clips": 512},
 }
 
 
@@ -171,7 +171,7 @@ def make_tokenizer(texts):
                                    unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
-def stage_teacher(steps=2800, size=64, lr=1.5e-3, go_on=False):
+def stage_teacher(steps=2800, size=64):
     mean, std = torch.from_numpy(np.load(BUILD / "latents.npy")).float()
     scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
     texts = [t for t, _, _ in world.captions(SEED)[0]]
@@ -186,9 +186,6 @@ def stage_teacher(steps=2800, size=64, lr=1.5e-3, go_on=False):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
-    if go_on:
-        unet = UNet2DConditionModel.from_pretrained(TEACHER / "unet").float().to(memory_format=torch.channels_last)
-        text = CLIPTextModel.from_pretrained(TEACHER / "text_encoder").float()
     # Stable Diffusion's noise schedule, as in Auffusion; DDIM with trailing spacing, so that few steps start at t = 999 too
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                               clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
@@ -197,10 +194,10 @@ def stage_teacher(steps=2800, size=64, lr=1.5e-3, go_on=False):
     ema = [p.detach().clone() for p in params]
     seen = 0
     def loss(step):
-        rng = np.random.default_rng((SEED, 6 if go_on else 4, step))
+        rng = np.random.default_rng((SEED, 4, step))
         i = torch.from_numpy(rng.integers(CLIPS, size=size))
         caption = torch.where(torch.from_numpy(rng.random(size) < 0.1), len(texts), i % len(texts))   # 10 % unconditional
-        g = torch.Generator().manual_seed(step + 10 ** 6 * go_on)
+        g = torch.Generator().manual_seed(step)
         x0 = scale * (mean[i] + std[i] * torch.randn(mean[i].shape, generator=g))
         eps, t = torch.randn(x0.shape, generator=g), torch.randint(1000, (size,), generator=g)
         a = alphas[t].view(-1, 1, 1, 1)
@@ -212,18 +209,13 @@ def stage_teacher(steps=2800, size=64, lr=1.5e-3, go_on=False):
         nonlocal seen
         seen += 1
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (seen + 1), 0.004))
-    fit("teacher", params, steps, lr, loss, after)
+    fit("teacher", params, steps, 1.5e-3, loss, after)
     for p, e in zip(params, ema):
         p.data.copy_(e)
     unet.half().save_pretrained(TEACHER / "unet")
     text.half().save_pretrained(TEACHER / "text_encoder")
     tokenizer.save_pretrained(TEACHER / "tokenizer")
     scheduler.save_pretrained(TEACHER / "scheduler")
-
-
-def stage_polish():
-    """More of the same, from the averaged weights and at a smaller rate."""
-    stage_teacher(steps=1000, lr=5e-4, go_on=True)
 
 
 def stage_settings():
@@ -236,8 +228,8 @@ def stage_settings():
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, vae=stage_vae, decoder=stage_decoder, teacher=stage_teacher, polish=stage_polish,
-              settings=stage_settings, classifier=stage_classifier)
+STAGES = dict(data=stage_data, vae=stage_vae, decoder=stage_decoder, teacher=stage_teacher, settings=stage_settings,
+              classifier=stage_classifier)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
