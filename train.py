@@ -158,7 +158,7 @@ def main(argv=None):
     # ---- the three networks: the student; and one frozen UNet that is the teacher, or with its adapters on the LoRA teacher
     teacher = Teacher(args.teacher).to(device)
     student = load_unet(teacher.folder).to(device)
-    unet = load_unet(teacher.folder).to(device, amp or torch.float32)
+    unet = load_unet(teacher.folder, dtype=amp or torch.float32).to(device)
     torch.manual_seed(args.seed)
     lora_parameters = inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
     ema = [p.detach().clone() for p in student.parameters()] if args.ema else None
