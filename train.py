@@ -119,7 +119,8 @@ def setup(args):
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and able
     return rank, ranks, device, torch.bfloat16 if bf16 else None
 
 
@@ -218,7 +219,7 @@ def main(argv=None):
     if first_step >= args.max_steps:                                # finished, but perhaps killed between two files
         save(first_step)
     # ---- the loop (the paper's Algorithm 1) ------------------------------------------------------------------------
-    log = Log(out, first_step, device) if rank == 0 else None
+    log = Log(out, first_step) if rank == 0 else None
     totals = {name: torch.zeros((), device=device) for name in LOSSES}
     by_t = torch.zeros(2, 2, 4, device=device)                      # (vsd or lora, sum or count, quarter of t)
     bad_step = torch.tensor(math.inf, device=device)
@@ -306,7 +307,7 @@ def main(argv=None):
 class Log:
     """metrics.jsonl, a line an interval, and TensorBoard if it is installed. A resumed run replaces what it runs again."""
 
-    def __init__(self, out, first_step, device):
+    def __init__(self, out, first_step):
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
