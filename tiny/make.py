@@ -138,7 +138,7 @@ def stage_decoder(steps=700, size=16):
     vae.half().save_pretrained(TEACHER / "vae")
 
 
-def stage_classifier(steps=1200, size=48, clips=4000):
+def stage_classifier(steps=1500, size=48, clips=8000):
     """Trained on clips as rendered and as the VAE returns them, so that it hears events rather than the VAE."""
     _, images, labels = load_clips()
     vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
@@ -146,8 +146,7 @@ def stage_classifier(steps=1200, size=48, clips=4000):
     x = [score.blocks(image_to_mel(part[:, None])) for part in images.split(500)]
     with torch.no_grad():
         x += [score.blocks(image_to_mel(vae.decode(z).sample)) for z in tqdm(latents.split(50), desc="decode")]
-    events = torch.stack([labels[:, [l.startswith(name) for l in world.LABELS]].any(1) for name in world.NAMES], 1)
-    x, y = torch.cat(x), torch.cat([events, events[:clips]]).float()
+    x, y = torch.cat(x), torch.cat([labels, labels[:clips]]).float()
     torch.manual_seed(SEED)
     net = score.Classifier()
     def loss(step):

@@ -30,9 +30,9 @@ def blocks(mel):
 
 
 class Classifier(nn.Module):
-    """Log-mel (B, 64, 256) -> (embedding (B, 128) after its ReLU, logits (B, 12), one an event)."""
+    """Log-mel (B, 64, 256) -> (embedding (B, 128) after its ReLU, logits (B, 28), one for each of LABELS)."""
 
-    def __init__(self, labels=len(world.NAMES)):
+    def __init__(self, labels=len(world.LABELS)):
         super().__init__()
         chans = [1, 16, 32, 64, 64]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
