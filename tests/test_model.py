@@ -222,7 +222,7 @@ def test_damaged_parts(broken):
     with pytest.raises(InputError, match="unet: cannot be loaded"):
         load_unet(broken)
     (broken / "vocoder/config.json").write_text("{")
-    with pytest.raises(InputError, match="vocoder: cannot be loaded"):
+    with pytest.raises(InputError, match="vocoder/config.json: is not JSON"):
         Teacher(broken)
 
 
