@@ -1,11 +1,11 @@
 """Distil a text-to-audio diffusion teacher into a student that makes a clip in one pass, from captions alone.
 
-    python train.py --teacher tiny                                  # the embedded teacher: 2 CPU cores, 5 minutes
+    python train.py --teacher tiny                                  # the embedded teacher: 2 CPU cores, 5.5 minutes
     python train.py --captions audiocaps.csv                        # Auffusion, the paper's setting, one 48 GB GPU
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1     # the same batch on four GPUs
 
-The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to --out_dir: student/ (a diffusers UNet folder for sample.py),
-lora/ (PEFT's format), checkpoint.pt, metrics.jsonl.
+The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to --out_dir: student/ (a diffusers
+UNet folder for sample.py), lora/ (PEFT's format), checkpoint.pt, metrics.jsonl.
 """
 import argparse
 import contextlib
@@ -80,10 +80,10 @@ def parse_args(argv=None):
     add("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl")
     add("--eval_clips", type=int, default=0, help="tiny only: held-out captions to score at the end")
     args = p.parse_args(argv)
-    if args.captions:                                               # say what is wrong before gigabytes are downloaded
+    if args.teacher != "tiny" and not os.path.isdir(args.teacher):   # say what is wrong before gigabytes are downloaded
+        if args.captions is None:
+            raise InputError("--captions FILE is needed")
         data.read_captions(args.captions, args.caption_column, args.max_captions)
-    elif args.teacher != "tiny" and not os.path.isdir(args.teacher):
-        raise InputError("--captions FILE is needed")
     folder = find(args.teacher)
     defaults = folder_defaults(folder).get("train", {})             # a teacher's own defaults; the command line wins
     p.set_defaults(**defaults)

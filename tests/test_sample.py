@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, run, write_checkpoint
+from conftest import refused, run, write_checkpoint
 from PIL import Image
 
 import sample
