@@ -16,16 +16,19 @@ def diffuse(x0, t, eps, alpha, sigma):
     return at(alpha, t) * x0 + at(sigma, t) * eps
 
 
-def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
-    """Eq. 3, variational score distillation: a loss (B,) whose gradient to x0 is w(t) (eps_teacher - eps_fake).
+def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma, weighting="sigma2"):
+    """Eq. 3, variational score distillation: a loss (B,) whose gradient to x0 is w (eps_teacher - eps_fake).
 
-    teacher, fake: denoisers, guidance included; w(t) = sigma_t^2. No gradient flows through either of them. The value
+    teacher, fake: denoisers, guidance included. w is sigma_t^2, or for weighting "dmd" 1 / mean |eps_teacher - eps|, which is
+    eq. 8 of DMD (arXiv 2311.18828) written in eps: more weight at high t. No gradient flows through either network. The value
     0.5 mean((w (eps_teacher - eps_fake))^2) says how far apart they are; it need not fall while the student learns.
     The mean is over a sample's elements, so the gradient is divided by C H W.
     """
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
-        gradient = at(sigma, t) ** 2 * (teacher(x_t, t, text) - fake(x_t, t, text))
+        eps_teacher = teacher(x_t, t, text)
+        w = at(sigma, t) ** 2 if weighting == "sigma2" else 1 / (eps_teacher - eps).abs().mean((1, 2, 3), keepdim=True)
+        gradient = w * (eps_teacher - fake(x_t, t, text))
         target = x0 - gradient
     return 0.5 * (x0 - target).square().mean((1, 2, 3))
 

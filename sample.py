@@ -95,6 +95,29 @@ def picture(mel):
     return Image.fromarray(rgb.repeat(scale, 0).repeat(scale, 1))
 
 
+def open_system(args):
+    """What flags --student, --teacher, --teacher_steps, --guidance and --device mean: (teacher, latents, description).
+
+    latents(z_T, text) makes latents of noise and encoded prompts, by the student in one step or by the teacher in many.
+    """
+    device, about = pick_device(args.device), {}
+    if not (args.teacher_steps and args.teacher):
+        folder, part, about = open_student(args.student)
+    teacher = Teacher(args.teacher or about["teacher"], about.get("seconds"),
+                      skip=() if args.teacher_steps else "unet/diffusion").to(device)      # a student needs no teacher's UNet
+    if args.teacher_steps:
+        eps, null = denoiser(load_unet(teacher.folder).to(device)), teacher.encode_text([""])
+        guidance = teacher.defaults.get("sample", {}).get("guidance", 7.5) if args.guidance is None else args.guidance
+        def latents(z_T, text):
+            return many_steps(eps, z_T, text, null, teacher, args.teacher_steps, guidance)
+        return teacher, latents, {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance}
+    unet = load_unet(folder, part).to(device)
+    check_architecture(unet, teacher.folder)
+    def latents(z_T, text):
+        return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
+    return teacher, latents, {"student": args.student, "folder": str(folder / part), "steps": 1}
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, names = Path(args.out), file_names(args.prompt, args.n, args.seed)
@@ -103,26 +126,9 @@ def main(argv=None):
             for path in (out / f"{name}.wav", out / f"{name}.png"):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
-    device, about = pick_device(args.device), {}
-    if not (args.teacher_steps and args.teacher):
-        folder, part, about = open_student(args.student)
-    teacher = Teacher(args.teacher or about["teacher"], about.get("seconds"),
-                      skip=() if args.teacher_steps else "unet/diffusion").to(device)      # a student needs no teacher's UNet
+    teacher, latents, system = open_system(args)
     for line in teacher.check(args.prompt):
         tqdm.write(line)
-    if args.teacher_steps:
-        eps, null = denoiser(load_unet(teacher.folder).to(device)), teacher.encode_text([""])
-        guidance = teacher.defaults.get("sample", {}).get("guidance", 7.5) if args.guidance is None else args.guidance
-        def latents(z_T, text):
-            return many_steps(eps, z_T, text, null, teacher, args.teacher_steps, guidance)
-        system = {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance}
-    else:
-        unet = load_unet(folder, part).to(device)
-        check_architecture(unet, teacher.folder)
-        def latents(z_T, text):
-            return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
-        system = {"student": args.student, "steps": 1}
-
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.json"
     rows = {row["file"]: row for row in (read_json(manifest) if manifest.exists() else [])}
@@ -130,7 +136,7 @@ def main(argv=None):
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
         part = jobs[i:i + args.batch_size]
-        z_T = torch.stack([sampling_noise(args.seed, k, teacher.latent_shape) for _, k in part]).to(device)
+        z_T = torch.stack([sampling_noise(args.seed, k, teacher.latent_shape) for _, k in part]).to(teacher.device)
         with torch.no_grad():
             mel = teacher.decode(latents(z_T, teacher.encode_text([prompt for prompt, _ in part])))
             wav = teacher.vocode(mel).cpu().numpy()

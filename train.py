@@ -49,6 +49,7 @@ def parse_args(argv=None):
     add("--parameterization", choices=("eps", "direct"), default="eps", help="eq. 1, or the network's output as x0")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance on the teacher")
     add("--lora_guidance", type=float, help="on the LoRA teacher (default: the same; 1 is none)")
+    add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3; dmd: that of arXiv 2311.18828")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="temporal total variation, eq. 6")
     add("--tv_weight", type=float, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=int, default=64, help="rank r of the LoRA teacher")
@@ -244,7 +245,7 @@ def main(argv=None):
                     text = teacher.encode_text([data.caption_at(captions, args.seed, n) for n in numbers])
                     # Student: one step from noise to x0, moved along the difference of the two teachers' scores.
                     x0 = one_step(student_eps, z_T, text, teacher, args.parameterization)
-                    vsd = vsd_loss(x0, t, eps, text, teacher_eps, fake_eps, alpha, sigma)
+                    vsd = vsd_loss(x0, t, eps, text, teacher_eps, fake_eps, alpha, sigma, args.weighting)
                     tv = tv_loss(x0, args.tv)
                 ((vsd + args.tv_weight * tv).mean() / args.grad_accum).backward()
                 with torch.autocast(device.type, amp, enabled=amp is not None):

@@ -53,6 +53,18 @@ def test_guidance():
     assert guided(eps, x, t, text, null, 0)[:, 0, 0, 0].tolist() == [1, 1]
 
 
+def test_dmd_s_weighting_is_its_published_form():
+    """DMD's eq. 8 in x0: the difference of the two networks' clips over the mean distance of the teacher's from x0."""
+    x0, t, eps = noise(3, 2, 4, 5).requires_grad_(), torch.tensor([30, 400, 970]), noise(3, 2, 4, 5, seed=1)
+    teacher, fake = GaussianTeacher(1.0, 0.5), GaussianTeacher(0.0, 1.0)
+    vsd_loss(x0, t, eps, None, teacher, fake, ALPHA, SIGMA, "dmd").sum().backward()
+    a, s = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
+    x_t = a * x0.detach() + s * eps
+    real, false = ((x_t - s * net(x_t, t, None)) / a for net in (teacher, fake))
+    expected = (false - real) / (x0.detach() - real).abs().mean((1, 2, 3), keepdim=True) / x0[0].numel()
+    torch.testing.assert_close(x0.grad, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_eq3_gradient_value_and_zero():
     x0 = noise(3, 2, 4, 5).requires_grad_()
     t, eps = torch.tensor([30, 400, 970]), noise(3, 2, 4, 5, seed=1)

@@ -1,9 +1,9 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
-    python tiny/make.py                   # everything, about an hour on 2 CPU cores
-    python tiny/make.py --stage decoder   # some: data, vae, decoder, teacher, settings, classifier
+    python tiny/make.py                   # everything, about an hour and a half on 2 CPU cores
+    python tiny/make.py --stage teacher   # some: data, vae, teacher, again, settings, classifier
 
-Intermediate data (rendered clips, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
+Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
 import argparse
 import csv
@@ -27,24 +27,39 @@ sys.path.insert(0, str(HERE.parent))
 from model import image_to_mel, log_mel, mel_to_image
 from tiny import score, world
 
-SEED, CLIPS, MELS = 0, 20000, 64
+SEED, CLIPS, MELS = 0, 30000, 64
 BUILD, TEACHER = HERE / "build", HERE / "teacher"
+BF16 = torch.autocast("cpu", torch.bfloat16)            # a quarter less time on a CPU that has it; the weights stay fp32
 
 # The tiny teacher's own defaults, which train.py and sample.py read from its folder; LOG.md says how they were found.
 SETTINGS = {
     "seconds": world.SECONDS,
     "sample": {"guidance": 2.0},
-    "train": {"captions": "../captions.csv", "max_steps": 500, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "lora_lr": 1e-3,
+    "train": {"captions": "../captions.csv", "max_steps": 440, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "lora_lr": 1e-3, "warmup": 20,
               "beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 2.0, "lora_guidance": 1.0,
               "lora_rank": 16, "lora_alpha": 16.0, "lora_targets": "all", "tv": "none", "save_every": 100, "eval_clips": 512},
 }
 
 
-def clip(index, descriptions, seed=SEED):
-    """Clip number `index` of a list of descriptions: (int16 waveform, labels as 0/1)."""
-    _, events, join = descriptions[index % len(descriptions)]
+def clip(index, descriptions, seed):
+    """Clip number `index` of a list of descriptions: (image (64, 256) of its spectrogram, labels as 0/1)."""
+    _, events, join = descriptions[index]
     wav, labels = world.render(np.random.default_rng((seed, index)), events, join)
-    return (wav * 32767).astype(np.int16), np.isin(np.arange(len(world.LABELS)), labels)
+    image = mel_to_image(log_mel(torch.from_numpy(wav)[None], MELS))[0, 0]
+    return image.half().numpy(), np.isin(np.arange(len(world.LABELS)), labels)
+
+
+def render(name, descriptions, seed):
+    """Write the descriptions' spectrogram images (n, 64, 256) as NAME_images.npy and their labels as NAME_labels.npy."""
+    with multiprocessing.Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = pool.imap(functools.partial(clip, descriptions=descriptions, seed=seed), range(len(descriptions)), 64)
+        images, labels = zip(*tqdm(rows, total=len(descriptions), desc=name))
+    np.save(BUILD / f"{name}_images.npy", np.stack(images))
+    np.save(BUILD / f"{name}_labels.npy", np.stack(labels))
+
+
+def load(name, what):
+    return torch.from_numpy(np.load(BUILD / f"{name}_{what}.npy"))
 
 
 def schedule(step, steps, lr, warmup=50):
@@ -68,90 +83,57 @@ def fit(name, params, steps, lr, loss_of_step, after=lambda: None):
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
 
 
-def load_clips(n=CLIPS):
-    wavs = np.load(BUILD / "wavs.npy", mmap_mode="r")[:n]
-    return wavs, torch.from_numpy(np.load(BUILD / "images.npy")[:n]), torch.from_numpy(np.load(BUILD / "labels.npy")[:n])
-
-
 def stage_data():
     train, held = world.captions(SEED)
     for name, rows in (("captions.csv", train), ("heldout.csv", held)):
         with open(HERE / name, "w", newline="") as f:
             csv.writer(f).writerows([("caption",)] + [(text,) for text, _, _ in rows])
     BUILD.mkdir(exist_ok=True)
-    with multiprocessing.Pool() as pool:
-        rows = list(tqdm(pool.imap(functools.partial(clip, descriptions=train), range(CLIPS), 64), total=CLIPS, desc="clips"))
-    wavs = np.stack([w for w, _ in rows])
-    np.save(BUILD / "wavs.npy", wavs)
-    np.save(BUILD / "labels.npy", np.stack([y for _, y in rows]))
-    images = [mel_to_image(log_mel(torch.from_numpy(wavs[i:i + 64] / 32767.0), MELS))[:, 0].half()
-              for i in tqdm(range(0, CLIPS, 64), desc="mels")]
-    np.save(BUILD / "images.npy", torch.cat(images).numpy())
+    render("teacher", world.clips(CLIPS, True, SEED), SEED + 1000)      # seeds that no scored clip has
+    render("classifier", world.clips(CLIPS // 3, False, SEED), SEED + 2000)
 
 
-def stage_vae(steps=900, size=32):
-    _, images, _ = load_clips()
+def stage_vae(steps=1200, size=32):
+    images = load("teacher", "images")
     torch.manual_seed(SEED)
     vae = AutoencoderKL(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=4,
-                        block_out_channels=(8, 16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 4,
+                        block_out_channels=(16, 24, 48, 64), down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4, sample_size=MELS, mid_block_add_attention=False)
     vae = vae.to(memory_format=torch.channels_last)
     def loss(step):
         rng = np.random.default_rng((SEED, 2, step))
         x = torch.stack([images[i, :, j:j + 128] for i, j in zip(rng.integers(CLIPS, size=size), rng.integers(0, 129, size))])
-        x = x.float()[:, None].expand(-1, 3, -1, -1)
-        posterior = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
-        return F.l1_loss(vae.decode(posterior.sample()).sample, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        x = x.float()[:, None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        with BF16:
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample.float()
+        # L1 on pixels alone makes noise too quiet and too smooth: the energy of blocks has to be right as well
+        energy = F.l1_loss(score.blocks(image_to_mel(y)), score.blocks(image_to_mel(x)))
+        return F.l1_loss(y, x) + 0.1 * energy + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
     fit("vae", list(vae.parameters()), steps, 2e-3, loss)
     with torch.no_grad():
-        z = torch.cat([encode(vae, images[i:i + 64]) for i in range(0, 1024, 64)])
-    vae.register_to_config(scaling_factor=round(1 / float(z.std()), 4))
+        stats = [vae.encode(part.float()[:, None].repeat(1, 3, 1, 1)).latent_dist for part in tqdm(images.split(64), desc="latents")]
+        mean, std = torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])
+    vae.register_to_config(scaling_factor=round(1 / float((mean.var() + std.square().mean()).sqrt()), 4))
     vae.half().save_pretrained(TEACHER / "vae")
-    vae.float()
-    with torch.no_grad():
-        stats = [vae.encode(images[i:i + 64].float()[:, None].repeat(1, 3, 1, 1)).latent_dist
-                 for i in tqdm(range(0, CLIPS, 64), desc="latents")]
-    np.save(BUILD / "latents.npy", torch.stack([torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])]).half().numpy())
+    np.save(BUILD / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
-def encode(vae, images):
-    """A sample of the posterior of one-channel images (B, mels, frames), unscaled."""
-    return vae.encode(images.float()[:, None].repeat(1, 3, 1, 1)).latent_dist.sample()
-
-
-def stage_decoder(steps=700, size=16):
-    """Tune the VAE's decoder for right energy in blocks too: L1 on single pixels alone makes noise too quiet and too smooth."""
-    _, images, _ = load_clips()
-    latents = torch.from_numpy(np.load(BUILD / "latents.npy"))
-    torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float().to(memory_format=torch.channels_last)
-    def loss(step):
-        rng = np.random.default_rng((SEED, 5, step))
-        rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 17, size)
-        x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in zip(rows, starts)])[:, None].float()
-        mean, std = torch.stack([latents[:, i, :, :, j:j + 16] for i, j in zip(rows, starts)], 1).float()
-        z = mean + std * torch.from_numpy(rng.standard_normal(mean.shape)).float()
-        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
-        return F.l1_loss(y, x.expand_as(y)) + 0.1 * F.l1_loss(score.blocks(image_to_mel(y)), score.blocks(image_to_mel(x)))
-    params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    fit("decoder", params, steps, 1e-3, loss)
-    vae.half().save_pretrained(TEACHER / "vae")
-
-
-def stage_classifier(steps=1500, size=48, clips=8000):
-    """Trained on clips as rendered and as the VAE returns them, so that it hears events rather than the VAE."""
-    _, images, labels = load_clips()
+def stage_classifier(steps=2500, size=48, returned=5000):
+    """Trained on clips of any pair, as rendered and as the VAE returns them, so that it hears events rather than the VAE."""
+    images = torch.cat([load("classifier", "images"), load("teacher", "images")])
+    labels = torch.cat([load("classifier", "labels"), load("teacher", "labels")])
     vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
-    latents = torch.from_numpy(np.load(BUILD / "latents.npy", mmap_mode="r")[0, :clips].copy()).float()
     x = [score.blocks(image_to_mel(part[:, None])) for part in images.split(500)]
-    with torch.no_grad():
-        x += [score.blocks(image_to_mel(vae.decode(z).sample)) for z in tqdm(latents.split(50), desc="decode")]
-    x, y = torch.cat(x), torch.cat([labels, labels[:clips]]).float()
+    with torch.no_grad(), BF16:
+        x += [score.blocks(image_to_mel(vae.decode(vae.encode(part.float()[:, None].repeat(1, 3, 1, 1)).latent_dist.sample()).sample))
+              for part in tqdm(images[:returned].split(50), desc="returned")]
+    x, y = torch.cat(x).float(), torch.cat([labels, labels[:returned]]).float()
     torch.manual_seed(SEED)
     net = score.Classifier()
     def loss(step):
         rng = np.random.default_rng((SEED, 1, step))
-        i = torch.from_numpy(np.concatenate([rng.integers(CLIPS, size=size // 2), CLIPS + rng.integers(clips, size=size // 2)]))
+        i = torch.from_numpy(np.concatenate([rng.integers(len(images), size=size // 2), len(images) + rng.integers(returned, size=size // 2)]))
         noise = 0.3 * torch.from_numpy(rng.random((size, 1, 1)) * rng.standard_normal(x[i].shape)).float()
         return F.binary_cross_entropy_with_logits(net.head(F.dropout(net.of_blocks(x[i] + noise)[0], 0.3)), y[i])
     fit("classifier", list(net.parameters()), steps, 3e-3, loss)
@@ -171,10 +153,13 @@ def make_tokenizer(texts):
                                    unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
-def stage_teacher(steps=2800, size=64):
-    mean, std = torch.from_numpy(np.load(BUILD / "latents.npy")).float()
+def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
+    """Text encoder and UNet together. `again`: go on from their saved weights, with t drawn more often where it is high:
+    there it is decided what sounds, and how often.
+    """
+    mean, std = load("teacher", "latents").float()
     scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
-    texts = [t for t, _, _ in world.captions(SEED)[0]]
+    texts = [text for text, _, _ in world.clips(CLIPS, True, SEED)]
     tokenizer = make_tokenizer(texts)
     ids = tokenizer(texts + [""], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(SEED)
@@ -185,7 +170,10 @@ def stage_teacher(steps=2800, size=64):
         sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16).to(memory_format=torch.channels_last)
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16)
+    if again:
+        unet, text = (c.from_pretrained(TEACHER / d).float() for c, d in ((UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder")))
+    unet = unet.to(memory_format=torch.channels_last)
     # Stable Diffusion's noise schedule, as in Auffusion; DDIM with trailing spacing, so that few steps start at t = 999 too
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                               clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
@@ -194,22 +182,24 @@ def stage_teacher(steps=2800, size=64):
     ema = [p.detach().clone() for p in params]
     seen = 0
     def loss(step):
-        rng = np.random.default_rng((SEED, 4, step))
+        rng = np.random.default_rng((SEED, 6 if again else 4, step))
         i = torch.from_numpy(rng.integers(CLIPS, size=size))
-        caption = torch.where(torch.from_numpy(rng.random(size) < 0.1), len(texts), i % len(texts))   # 10 % unconditional
-        g = torch.Generator().manual_seed(step)
+        caption = torch.where(torch.from_numpy(rng.random(size) < 0.1), len(texts), i)      # 10 % unconditional
+        g = torch.Generator().manual_seed(step + 10 ** 6 * again)
         x0 = scale * (mean[i] + std[i] * torch.randn(mean[i].shape, generator=g))
-        eps, t = torch.randn(x0.shape, generator=g), torch.randint(1000, (size,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        t = (1000 * torch.rand(size, generator=g).sqrt()).long() if again else torch.randint(1000, (size,), generator=g)
         a = alphas[t].view(-1, 1, 1, 1)
         x = (a.sqrt() * x0 + (1 - a).sqrt() * eps).contiguous(memory_format=torch.channels_last)
-        out = unet(x, t, text(ids[caption]).last_hidden_state).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.8 * steps):                     # the end in fp32
+            out = unet(x, t, text(ids[caption]).last_hidden_state).sample.float()
         # 1 / alpha_t^2 makes this the loss of v: plain eps-MSE leaves t = 999, where the student starts, untrained
         return ((out - eps).square() / a).mean()
     def after():
         nonlocal seen
         seen += 1
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (seen + 1), 0.004))
-    fit("teacher", params, steps, 1.5e-3, loss, after)
+    fit("teacher", params, steps, lr, loss, after)
     for p, e in zip(params, ema):
         p.data.copy_(e)
     unet.half().save_pretrained(TEACHER / "unet")
@@ -228,7 +218,8 @@ def stage_settings():
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, vae=stage_vae, decoder=stage_decoder, teacher=stage_teacher, settings=stage_settings,
+STAGES = dict(data=stage_data, vae=stage_vae, teacher=stage_teacher,
+              again=functools.partial(stage_teacher, 2000, 7e-4, True), settings=stage_settings,
               classifier=stage_classifier)
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import read_json, sampling_noise
+from eval import scores
 from model import LOG_MAX, LOG_MIN, Teacher, denoiser, load_unet, log_mel, many_steps, one_step
 from sample import picture
 from tiny import world
@@ -60,28 +61,6 @@ def features(classifier, mels, batch=64):
     return torch.cat([e for e, _ in parts]), torch.cat([z for _, z in parts])
 
 
-def frechet(x, y):
-    """Fréchet distance of two samples (n, d) and (m, d) under a Gaussian fit, covariances over n - 1.
-
-    tr (Sx Sy)^(1/2) is the nuclear norm of X Y^T, with X, Y the centred samples over sqrt(n - 1): no matrix square
-    root is taken, so it is exact for n < d as well.
-    """
-    x, y = x.double(), y.double()
-    dm = x.mean(0) - y.mean(0)
-    x, y = ((a - a.mean(0)) / (len(a) - 1) ** 0.5 for a in (x, y))
-    cross = torch.linalg.matrix_norm(x @ y.T, "nuc")
-    return float(dm @ dm + x.square().sum() + y.square().sum() - 2 * cross)
-
-
-def scores(reference, generated):
-    """FD, KL(reference || generated) paired by row, and IS, from two (embeddings, logits) of the same captions."""
-    (re, rz), (ge, gz) = reference, generated
-    p, q = rz.double().softmax(-1), gz.double().softmax(-1)
-    kl = (p * (p.clamp(min=1e-12).log() - (q + 1e-6).log())).sum(-1).mean()
-    inception = (q * (q.log() - q.mean(0).log())).sum(-1).mean().exp()
-    return {"FD": frechet(re, ge), "KL": float(kl), "IS": float(inception)}
-
-
 def load_classifier():
     net = Classifier()
     net.load_state_dict(load_file(HERE / "classifier.safetensors"))
@@ -109,33 +88,58 @@ def generate(teacher, captions, latents, name, batch=32, seed=0):
     return torch.cat(mels)
 
 
-def report(teacher, student_folder, clips=512, steps=25, seed=0):
-    """Score real audio, the teacher at many steps and at one, and a student, on the first of the held-out captions.
-
-    The reference is real audio of the same captions. Prints a table, returns it, and writes scores.json and spectrograms.png beside the student.
-    """
+def held_out(clips):
+    """So many of the held-out descriptions, evenly spread: single events, seen pairs and unseen pairs alike."""
     held = world.captions()[1]
-    held = held[::max(1, len(held) // clips)][:clips]               # singles, seen pairs and unseen pairs alike
-    captions = [text for text, _, _ in held]
-    unet, about = load_unet(teacher.folder).to(teacher.device), read_json(Path(student_folder) / "swiftaudio.json")
-    student, null = load_unet(student_folder, "").to(teacher.device), teacher.encode_text([""])
-    guidance = teacher.defaults["sample"]["guidance"]
-    systems = {
-        f"teacher, {steps} steps": lambda z, y: many_steps(denoiser(unet), z, y, null, teacher, steps, guidance),
-        "student before (teacher, 1 step)": lambda z, y: one_step(denoiser(unet), z, y, teacher),
-        f"student after {about['step']} steps": lambda z, y: one_step(denoiser(student), z, y, teacher, about["parameterization"]),
-    }
-    classifier = load_classifier()
+    clips = min(clips, len(held))
+    return [held[k * len(held) // clips] for k in range(clips)]
+
+
+def measure(teacher, systems, held, seed=0):
+    """({name: FD, KL, IS}, {name: log-mels}) of systems {name: latents(z_T, text)} and of the descriptions rendered again.
+
+    The reference is real audio of the same captions, rendered with another seed.
+    """
+    classifier, captions = load_classifier(), [text for text, _, _ in held]
     reference, sounds = features(classifier, real(held, 1)), {"real audio, rendered again": real(held, 2)}
     for name, latents in systems.items():
         sounds[name] = generate(teacher, captions, latents, name, seed=seed)
-    table = {name: scores(reference, features(classifier, mels)) for name, mels in sounds.items()}
-    print(f"\n{'N = ' + str(len(held)) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
+    return {name: scores(reference, features(classifier, mels)) for name, mels in sounds.items()}, sounds
+
+
+def show(table, clips):
+    print(f"\n{'N = ' + str(clips) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
     for name, row in table.items():
-        print(f"{name:36s}" + "".join(f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
+        print(f"{name:36s}" + "".join("       -" if row[k] is None else f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
+
+
+def student_latents(folder, teacher):
+    """A student's latents(z_T, text)."""
+    unet, about = load_unet(folder, "").to(teacher.device), read_json(Path(folder) / "swiftaudio.json")
+    return lambda z, y: one_step(denoiser(unet), z, y, teacher, about["parameterization"])
+
+
+def teacher_latents(teacher, steps, guidance=None):
+    """The teacher's latents(z_T, text) in many steps; steps=0: in one as a student, which is the student before training."""
+    unet, null = load_unet(teacher.folder).to(teacher.device), teacher.encode_text([""])
+    guidance = teacher.defaults["sample"]["guidance"] if guidance is None else guidance
+    return lambda z, y: many_steps(denoiser(unet), z, y, null, teacher, steps, guidance) if steps else one_step(denoiser(unet), z, y, teacher)
+
+
+def report(teacher, student_folder, clips=512, steps=25, seed=0):
+    """Score real audio, the teacher at many steps and at one, and a student, on held-out captions.
+
+    Prints a table, returns it, and writes scores.json and spectrograms.png beside the student.
+    """
+    held, after = held_out(clips), read_json(Path(student_folder) / "swiftaudio.json")["step"]
+    table, sounds = measure(teacher, {
+        f"teacher, {steps} steps": teacher_latents(teacher, steps),
+        "student before (teacher, 1 step)": teacher_latents(teacher, 0),
+        f"student after {after} steps": student_latents(student_folder, teacher)}, held, seed)
+    show(table, len(held))
     out = Path(student_folder).parent
     (out / "scores.json").write_text(json.dumps({"clips": len(held), "seed": seed, "systems": table}, indent=2) + "\n")
-    sheet(captions, sounds).save(out / "spectrograms.png")
+    sheet([text for text, _, _ in held], sounds).save(out / "spectrograms.png")
     print(f"{out / 'scores.json'}  {out / 'spectrograms.png'}")
     return table
 

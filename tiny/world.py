@@ -221,24 +221,42 @@ def render(rng, events, join):
     return (0.95 * out / np.abs(out).max()).astype(np.float32), labels
 
 
-def write(rng, number, pairs, share_single, taken=()):
-    """Draw `number` distinct (caption, events, join) whose captions are not in `taken`."""
-    found = {}
-    while len(found) < number:
+def describe(rng, pairs, share_single, taken=()):
+    """Draw one (caption, events, join) whose caption is not in `taken`."""
+    while True:
         events, join = draw(rng, None if rng.random() < share_single else pairs)
         text = caption(rng, events, join)
         if text not in taken:
-            found.setdefault(text, (text, events, join))
+            return text, events, join
+
+
+def distinct(rng, number, pairs, share_single, taken=()):
+    """Draw `number` descriptions with different captions."""
+    found = {}
+    while len(found) < number:
+        one = describe(rng, pairs, share_single, taken)
+        found.setdefault(one[0], one)
     return list(found.values())
 
 
-def captions(seed=0, train=6000, heldout=512):
-    """The world's captions: (training, held-out) lists of (caption, events, join).
+def pairs(seen):
+    """The pairs that training may hold, or all of them."""
+    every = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1:]]
+    return [p for p in every if p not in UNSEEN and p[::-1] not in UNSEEN] if seen else every
 
-    No held-out caption is a training caption; every second pair of the held-out ones is in UNSEEN.
+
+def captions(seed=0, train=6000, heldout=512):
+    """The world's captions: (training, held-out) lists of (caption, events, join), all different.
+
+    Of the held-out ones a sixteenth are single events (there are 134 such captions in all), a quarter pairs in UNSEEN.
     """
     rng = np.random.default_rng(seed)
-    seen = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1:] if (a, b) not in UNSEEN and (b, a) not in UNSEEN]
-    held = (write(rng, heldout // 8, seen, 1.0) + write(rng, heldout * 7 // 16, seen, 0.0)
-            + write(rng, heldout * 7 // 16, UNSEEN, 0.0))
-    return write(rng, train, seen, 0.15, {text for text, _, _ in held}), held
+    held = (distinct(rng, heldout // 16, None, 1.0) + distinct(rng, heldout * 11 // 16, pairs(True), 0.0)
+            + distinct(rng, heldout // 4, UNSEEN, 0.0))
+    return distinct(rng, train, pairs(True), 0.2, {text for text, _, _ in held}), held
+
+
+def clips(number, seen, seed=0):
+    """What the teacher's training clips hold (seen), or those of the metrics' classifier (any pair). Captions repeat."""
+    rng, held = np.random.default_rng((seed, int(seen))), {text for text, _, _ in captions(seed)[1]}
+    return [describe(rng, pairs(seen), 0.2, held) for _ in range(number)]
