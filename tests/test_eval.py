@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import refused, run
+from conftest import refused
 from transformers.audio_utils import mel_filter_bank
 
 import eval as evaluate
@@ -196,6 +196,17 @@ def test_missing_or_wrong_network_files_are_named(tmp_path):
 
 # ---- command lines, offline ------------------------------------------------------------------------------------------
 
+def go(*flags):
+    """eval.py with these flags, in this process."""
+    return evaluate.main([str(f) for f in flags])
+
+
+def refuses(*flags, says):
+    with pytest.raises(InputError) as error:
+        go(*flags)
+    assert all(word in str(error.value) for word in says), error.value
+
+
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
     """Twelve clips of the tiny world with AudioSet-like names, and a caption list of three captions each."""
@@ -209,49 +220,53 @@ def recordings(tmp_path_factory):
     return folder
 
 
-def test_score(recordings, tmp_path):
-    code, output = run("eval.py", "score", "--generated", recordings, "--reference", recordings, "--features", "tiny", "--json", "s.json", cwd=tmp_path)
-    assert code == 0, output
-    row = json.loads((tmp_path / "s.json").read_text())
+def test_score(recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    go("score", "--generated", recordings, "--reference", recordings, "--features", "tiny", "--json", "new/s.json")
+    row = json.loads((tmp_path / "new/s.json").read_text())
     assert row["N"] == 12 and row["FD"] == pytest.approx(0, abs=1e-6) and row["KL"] == pytest.approx(0, abs=1e-3) and row["IS"] >= 1
     assert row["FAD"] is None and row["CLAP"] is None and set(row["null"]) == {"FAD", "CLAP"}
     assert row["rate"] == 16000 and row["seconds"] == 10 and len(row["weights"]["classifier"]) == 64 and row["list"][0] == "Yid00.wav"
     (tmp_path / "t.json").write_text(json.dumps({**row, "N": 11}))
-    refused("eval.py", "table", "s.json", "t.json", cwd=tmp_path, says=["N differs (12, 11)"])
-    code, output = run("eval.py", "table", "s.json", "t.json", "--anyway", cwd=tmp_path)
-    assert code == 0 and "warning: these do not compare: N differs" in output and "t.json" in output
+    refuses("table", "new/s.json", "t.json", says=["N differs (12, 11)"])
+    go("table", "new/s.json", "t.json", "--anyway")
+    output = capsys.readouterr().out
+    assert "warning: these do not compare: N differs" in output and "t.json" in output
 
 
-def test_score_names_what_is_wrong(recordings, tmp_path):
+def test_score_names_what_is_wrong(recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "made").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "made/Yid00.wav").write_bytes((recordings / "Yid00.wav").read_bytes()[:40])
     flags = ("score", "--features", "tiny", "--reference", recordings, "--generated")
     refused("eval.py", *flags, "made", cwd=tmp_path, says=["made/Yid00.wav", "cannot be read"])
-    refused("eval.py", *flags, "empty", cwd=tmp_path, says=["empty", "no WAV"])
+    refuses(*flags, "empty", says=["empty", "no WAV"])
     (tmp_path / "made/other.wav").write_bytes((recordings / "Yid00.wav").read_bytes())
-    refused("eval.py", *flags, "made", cwd=tmp_path, says=["1 of 2 files", "other.wav"])
-    refused("eval.py", "score", "--reference", recordings, "--generated", recordings, "--weights", ".", cwd=tmp_path, says=["Cnn14", "zenodo"])
-    refused("eval.py", *flags, recordings, "--clap", "nowhere", cwd=tmp_path, says=["--clap nowhere"])
-    refused("eval.py", *flags, recordings, "--seconds", 0, cwd=tmp_path, says=["--seconds"])
+    refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
+    refuses("score", "--reference", recordings, "--generated", recordings, "--weights", ".", says=["Cnn14", "zenodo"])
+    refuses(*flags, recordings, "--clap", "nowhere", says=["--clap nowhere"])
+    refuses(*flags, recordings, "--seconds", 0, says=["--seconds"])
     (tmp_path / "other.json").write_text("{}")
-    refused("eval.py", "table", "other.json", cwd=tmp_path, says=["other.json", "not written by eval.py"])
+    refuses("table", "other.json", says=["other.json", "not written by eval.py"])
 
 
-def test_audiocaps_is_resumed_and_notices_another_system(recordings, tmp_path):
+def test_audiocaps_is_resumed_and_notices_another_system(recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     flags = ("audiocaps", "--captions", recordings / "list.csv", "--which", 2, "--reference", recordings, "--features", "tiny", "--out", "ac",
              "--teacher", "tiny", "--teacher_steps", 2)
-    code, output = run("eval.py", *flags, cwd=tmp_path, threads=2)
-    assert code == 0 and "13 clips, 1 of them without a recording" in output and "N = 12" in output, output
+    go(*flags)
+    output = capsys.readouterr().out
+    assert "13 clips, 1 of them without a recording" in output and "N = 12" in output
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "ac/clips").glob("*.wav")}
     row = (tmp_path / "ac/scores.json").read_text()
     assert json.loads((tmp_path / "ac/clips/manifest.json").read_text())["clips"]["Yid03.wav"] == world.captions()[1][43][0]
     (tmp_path / "ac/clips/Yid03.wav").unlink()
-    assert run("eval.py", *flags, cwd=tmp_path, threads=2)[0] == 0
+    go(*flags)
     after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "ac/clips").glob("*.wav")}
     assert [n for n in before if before[n][1] != after[n][1]] == ["Yid03.wav"] and (tmp_path / "ac/scores.json").read_text() == row
-    refused("eval.py", *flags[:-1], 3, cwd=tmp_path, says=["ac/clips", "steps differs"])
-    refused("eval.py", *flags[:3], "--which", 3, *flags[5:], cwd=tmp_path, says=["fewer than 4 captions", "--which"])
+    refuses(*flags[:-1], 3, says=["ac/clips", "steps differs"])
+    refuses(*flags[:3], "--which", 3, *flags[5:], says=["fewer than 4 captions", "--which"])
 
 
 def test_json_lines_are_a_caption_list_too(recordings, tmp_path):
@@ -290,21 +305,21 @@ def test_clap_is_a_cosine_and_does_not_depend_on_luck(clap, recordings, tmp_path
     assert torch.equal(a, b) and a.shape == (2,) and a.abs().max() <= 1 and a[0] != a[1]
 
 
-def test_clotho(clap, recordings, tmp_path):
+def test_clotho(clap, recordings, tmp_path, monkeypatch):
     """Crops are functions of the seed and the name; the caption is CLAP's choice; a second call changes nothing."""
+    monkeypatch.chdir(tmp_path)
     with open(tmp_path / "list.csv", "w", newline="") as f:
         csv.writer(f).writerows([("file_name", *(f"caption_{k}" for k in range(1, 6)))]
                                 + [(f"Yid{i:02d}.wav", "a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows") for i in range(3)])
     flags = ("clotho", "--captions", "list.csv", "--reference", recordings, "--features", "tiny", "--clap", clap, "--seconds", 2.0, "--out", "out",
              "--teacher", "tiny", "--teacher_steps", 1)
-    code, output = run("eval.py", *flags, cwd=tmp_path, threads=2)
-    assert code == 0, output
+    go(*flags)
     row, first = json.loads((tmp_path / "out/scores.json").read_text()), (tmp_path / "out/reference/Yid01.wav").read_bytes()
     assert row["N"] == 3 and row["CLAP"] is not None and row["IS"] is None and row["null"]["IS"] == "fewer than 10 clips"
     whole, crop = soundfile.read(recordings / "Yid01.wav")[0], soundfile.read(tmp_path / "out/reference/Yid01.wav")[0]
     assert len(crop) == 32000 and any(np.array_equal(whole[i:i + 32000], crop) for i in range(len(whole) - 32000 + 1))
     captions = ["a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows"]
     assert row["list"]["Yid01.wav"] == captions[int(evaluate.Clap(str(clap), "cpu")(tmp_path / "out/reference/Yid01.wav", captions, 2.0).argmax())]
-    assert run("eval.py", *flags, cwd=tmp_path, threads=2)[0] == 0
+    go(*flags)
     assert (tmp_path / "out/reference/Yid01.wav").read_bytes() == first and json.loads((tmp_path / "out/scores.json").read_text()) == row
-    refused("eval.py", *flags, "--seed", 1, cwd=tmp_path, says=["out/clips", "seed differs"])
+    refuses(*flags, "--seed", 1, says=["out/clips", "seed differs"])

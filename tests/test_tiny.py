@@ -1,7 +1,5 @@
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from conftest import run
 
 import train
 from model import TINY, Teacher
-from tiny import score, world
+from tiny import ablate, score, world
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +68,17 @@ def test_unknown_words_are_named(teacher):
     assert torch.equal(teacher.encode_text(["a dog barks"]), teacher.encode_text(["A dog, barks!"]))
 
 
-def test_ablate(tmp_path):
+def test_ablate(tmp_path, capsys, monkeypatch):
     """A row of a table; the second call takes it from the disk, and refuses to take another's."""
-    command = [sys.executable, "-m", "tiny.ablate", "table5", "--only", "100 captions", "--steps", "1", "--seeds", "2", "--out", str(tmp_path)]
-    go = lambda clips: subprocess.run(command + ["--clips", clips], cwd=TINY.parent.parent, text=True, capture_output=True)
-    first, again, other = go("12"), go("12"), go("16")
-    assert first.returncode == 0 and "N = 12 held-out captions, 2 seeds, 1 steps" in first.stdout and "±" in first.stdout, first.stderr
-    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1] and "distil" not in again.stderr
-    assert other.returncode == 1 and "holds a run with other flags" in other.stderr
+    def go(clips):
+        ablate.main(["table5", "--only", "100 captions", "--steps", "1", "--seeds", "2", "--out", str(tmp_path), "--clips", str(clips)])
+        return capsys.readouterr().out.splitlines()
+    first = go(12)
+    assert "N = 12 held-out captions, 2 seeds, 1 steps" in first and "±" in first[-1]
+    monkeypatch.setattr(train, "main", None)
+    assert go(12)[-1] == first[-1]
+    with pytest.raises(SystemExit, match="holds a run with other flags"):
+        go(16)
 
 
 GOLDEN = [(0.00180, 0.1434, 0.831), (0.00624, 0.5150, 1.191), (0.00157, 0.1340, 0.996)]      # vsd, lora, x0_std

@@ -74,7 +74,7 @@ def distil(name, flags, args, seed, teacher, held):
     return found
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "queries"])
     parser.add_argument("--only", nargs="*", help="some of its rows")
@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--clips", type=int, default=512)
     parser.add_argument("--student", nargs="*", default=[], help="queries: students to print beside the teacher")
     parser.add_argument("--out", type=Path, default=Path("ablations"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     teacher, held, found = Teacher("tiny"), score.held_out(args.clips), {}
     if args.table == "queries":
         systems = {f"teacher, {n} step{'s' * (n > 1)}": score.teacher_latents(teacher, n if n > 1 else 0) for n in (1, 2, 4, 10, 25, 50)}

@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour and a half on 2 CPU cores
-    python tiny/make.py --stage teacher   # some: data, vae, teacher, again, settings, classifier
+    python tiny/make.py --stage teacher   # some: data, vae, classifier, decoder, teacher, again, settings
 
 Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -119,6 +119,24 @@ def stage_vae(steps=1200, size=32):
     np.save(BUILD / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
+def stage_decoder(steps=800, size=16):
+    """Go on with the decoder alone, which is cheaper: latents, and so the teacher, stay as they are."""
+    images, (mean, std) = load("teacher", "images"), load("teacher", "latents")
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float().to(memory_format=torch.channels_last)
+    def loss(step):
+        rng = np.random.default_rng((SEED, 5, step))
+        rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 17, size)
+        x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in zip(rows, starts)])[:, None].float()
+        m, s = (torch.stack([part[i, :, :, j:j + 16] for i, j in zip(rows, starts)]).float() for part in (mean, std))
+        z = m + s * torch.from_numpy(rng.standard_normal(m.shape)).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.8 * steps):
+            y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        return F.l1_loss(y, x.expand_as(y)) + 0.3 * F.l1_loss(score.blocks(image_to_mel(y)), score.blocks(image_to_mel(x)))
+    fit("decoder", [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()], steps, 1e-3, loss)
+    vae.half().save_pretrained(TEACHER / "vae")
+
+
 def stage_classifier(steps=2500, size=48, returned=5000):
     """Trained on clips of any pair, as rendered and as the VAE returns them, so that it hears events rather than the VAE."""
     images = torch.cat([load("classifier", "images"), load("teacher", "images")])
@@ -218,9 +236,8 @@ def stage_settings():
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, vae=stage_vae, teacher=stage_teacher,
-              again=functools.partial(stage_teacher, 2000, 7e-4, True), settings=stage_settings,
-              classifier=stage_classifier)
+STAGES = dict(data=stage_data, vae=stage_vae, classifier=stage_classifier, decoder=stage_decoder, teacher=stage_teacher,
+              again=functools.partial(stage_teacher, 2000, 7e-4, True), settings=stage_settings)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
