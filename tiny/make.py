@@ -1,7 +1,7 @@
 """Build the tiny world from nothing: captions, a classifier, and a trained teacher in Auffusion's layout.
 
     python tiny/make.py                   # everything, about an hour and a half on 2 CPU cores
-    python tiny/make.py --stage teacher   # some: data, vae, classifier, decoder, teacher, again, settings
+    python tiny/make.py --stage teacher   # some: data, vae, classifier, decoder, decoder2, teacher, again, settings
 
 Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to tiny/build. Each stage reads what the ones before it wrote.
 """
@@ -35,7 +35,7 @@ BF16 = torch.autocast("cpu", torch.bfloat16)            # a quarter less time on
 SETTINGS = {
     "seconds": world.SECONDS,
     "sample": {"guidance": 2.0},
-    "train": {"captions": "../captions.csv", "max_steps": 440, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "lora_lr": 1e-3, "warmup": 20,
+    "train": {"captions": "../captions.csv", "max_steps": 480, "batch_size": 16, "grad_accum": 1, "lr": 2e-4, "lora_lr": 2e-3, "warmup": 20,
               "beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 2.0, "lora_guidance": 1.0,
               "lora_rank": 16, "lora_alpha": 16.0, "lora_targets": "all", "tv": "none", "save_every": 100, "eval_clips": 512},
 }
@@ -119,13 +119,13 @@ def stage_vae(steps=1200, size=32):
     np.save(BUILD / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
-def stage_decoder(steps=800, size=16):
+def stage_decoder(cycle=0, steps=800, size=16):
     """Go on with the decoder alone, which is cheaper: latents, and so the teacher, stay as they are."""
     images, (mean, std) = load("teacher", "images"), load("teacher", "latents")
     torch.manual_seed(SEED)
     vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float().to(memory_format=torch.channels_last)
     def loss(step):
-        rng = np.random.default_rng((SEED, 5, step))
+        rng = np.random.default_rng((SEED, 5 + 5 * cycle, step))
         rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 17, size)
         x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in zip(rows, starts)])[:, None].float()
         m, s = (torch.stack([part[i, :, :, j:j + 16] for i, j in zip(rows, starts)]).float() for part in (mean, std))
@@ -236,7 +236,8 @@ def stage_settings():
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
 
 
-STAGES = dict(data=stage_data, vae=stage_vae, classifier=stage_classifier, decoder=stage_decoder, teacher=stage_teacher,
+STAGES = dict(data=stage_data, vae=stage_vae, classifier=stage_classifier, decoder=stage_decoder,
+              decoder2=functools.partial(stage_decoder, 1), teacher=stage_teacher,
               again=functools.partial(stage_teacher, 2000, 7e-4, True), settings=stage_settings)
 
 if __name__ == "__main__":
