@@ -36,7 +36,8 @@ def test_the_command_line(student, tmp_path):
         assert Image.open(tmp_path / f"samples/{name}.png").size == (256, 256)
     rows = json.loads((tmp_path / "samples/manifest.json").read_text())
     assert [row["file"] for row in rows] == [f"{n}.wav" for n in names]
-    assert rows[1] == {"file": "a-dog-barking_seed3_1.wav", "prompt": "A dog, barking!", "seed": 3, "k": 1, "student": str(student), "steps": 1}
+    assert rows[1] == {"file": "a-dog-barking_seed3_1.wav", "prompt": "A dog, barking!", "seed": 3, "k": 1, "student": str(student),
+                       "folder": str(student), "steps": 1}
     refused("sample.py", "--student", student, "--prompt", "rain", "--seed", 3, cwd=tmp_path, says=["rain_seed3_0.wav exists", "--overwrite"])
 
 
