@@ -40,8 +40,8 @@ def parse_args(argv=None):
     add = p.add_argument
     # what
     add("--teacher", default="auffusion/auffusion-full-no-adapter", help='hub name, folder, or "tiny"')
-    add("--captions", help="csv, tsv, txt, json or jsonl file (the tiny teacher brings its own)")
-    add("--caption_column", help="column or key of the captions, if its name is unusual")
+    add("--captions", help="csv, tsv, txt, json or jsonl file")
+    add("--caption_column", help="their column or key, if unusual")
     add("--max_captions", type=int, help="use only the first so many")
     add("--out_dir", default="out", help="where everything is written")
     add("--seed", type=int, default=0, help="of captions' order, noise, timesteps and LoRA's start")
@@ -49,18 +49,18 @@ def parse_args(argv=None):
     add("--parameterization", choices=("eps", "direct"), default="eps", help="eq. 1, or the network's output as x0")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance on the teacher")
     add("--lora_guidance", type=float, help="on the LoRA teacher (default: the same; 1 is none)")
-    add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3; dmd: that of arXiv 2311.18828")
+    add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3, or DMD's")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="temporal total variation, eq. 6")
     add("--tv_weight", type=float, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=int, default=64, help="rank r of the LoRA teacher")
     add("--lora_alpha", type=float, default=128, help="its scale is alpha / r")
     add("--lora_targets", choices=tuple(TARGETS), default="qv", help="layers that get an adapter")
-    add("--lora_drop", type=float, default=0.1, help="share of unconditional captions in eq. 8")
+    add("--lora_drop", type=float, default=0.1, help="share of empty captions in eq. 8")
     add("--t_min", type=int, default=20, help="smallest timestep of VSD, eq. 3")
     add("--t_max", type=int, default=981, help="one above the largest")
     # optimisation
     add("--max_steps", type=int, default=20000, help="optimizer steps")
-    add("--batch_size", type=int, default=16, help="captions in a forward pass of one process")
+    add("--batch_size", type=int, default=16, help="captions in a forward pass")
     add("--grad_accum", type=int, default=4, help="forward passes in an optimizer step")
     add("--lr", type=float, default=1e-5, help="student, AdamW")
     add("--lora_lr", type=float, default=1e-3, help="LoRA teacher, AdamW")
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm of either (0: no limit)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
     add("--decay", action=argparse.BooleanOptionalAction, default=False, help="linear decay to zero at max_steps")
-    add("--ema", type=float, default=0.0, help="decay of the saved average of the student (0: save the student itself)")
+    add("--ema", type=float, default=0.0, help="decay of the saved average of the student")
     # machine
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16: autocast, fp32 master weights")
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     # output
     add("--save_every", type=int, default=500, help="steps between checkpoints")
     add("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl")
-    add("--eval_clips", type=int, default=0, help="tiny only: held-out captions to score at the end")
+    add("--eval_clips", type=int, default=0, help="tiny only: clips to score at the end")
     args = p.parse_args(argv)
     if args.teacher != "tiny" and not os.path.isdir(args.teacher):   # say what is wrong before gigabytes are downloaded
         if args.captions is None:

@@ -243,7 +243,7 @@ def test_score_names_what_is_wrong(recordings, tmp_path, monkeypatch):
     (tmp_path / "made/other.wav").write_bytes((recordings / "Yid00.wav").read_bytes())
     refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
     refuses("score", "--reference", recordings, "--generated", recordings, "--weights", ".", says=["Cnn14", "zenodo"])
-    refused("eval.py", *flags, recordings, "--clap", "nowhere", cwd=tmp_path, says=["--clap nowhere"])
+    refuses(*flags, recordings, "--clap", tmp_path / "empty", says=["--clap", "cannot be loaded"])
     refuses(*flags, recordings, "--seconds", 0, says=["--seconds"])
     (tmp_path / "other.json").write_text("{}")
     refuses("table", "other.json", says=["other.json", "not written by eval.py"])
