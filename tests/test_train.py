@@ -153,9 +153,9 @@ def test_the_adapter_layout_trains(adapter, captions, tmp_path):
     assert go(adapter, captions, tmp_path, "--max_steps", 1)["step"] == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))])
 def test_compile_changes_nothing(backend, plain, captions, tmp_path, monkeypatch):
-    """aot_eager traces as inductor does (adapters that go on and off, gradients that come and go) without minutes of code generation."""
+    """The eager backends trace as inductor does (adapters that go on and off, gradients that come and go) without its minutes of code generation."""
     expected = go(plain, captions, tmp_path / "b", "--max_steps", 2, "--lr", 1e-5)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     same(go(plain, captions, tmp_path / "a", "--compile", "--max_steps", 2, "--lr", 1e-5), expected, rtol=1e-3, atol=1e-3)
