@@ -227,6 +227,8 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
 
 
 def stage_settings():
+    for path in (TEACHER / "unet/config.json", TEACHER / "vae/config.json"):       # diffusers notes the folder it loaded from
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n")
     (TEACHER / "swiftaudio.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
     (TEACHER / "vocoder").mkdir(exist_ok=True)
     (TEACHER / "vocoder/config.json").write_text(json.dumps({"num_mels": MELS, "griffin_lim": 32}) + "\n")
