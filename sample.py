@@ -36,10 +36,9 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=8, help="clips at a time")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)
-    if min(args.n, args.batch_size) < 1 or args.seed < 0 or not 1 <= (args.teacher_steps or 1) <= 1000:
-        raise InputError("--n and --batch_size must be at least 1, --seed at least 0, --teacher_steps between 1 and 1000")
-    if args.guidance is not None and not args.teacher_steps:
-        raise InputError("--guidance goes with --teacher_steps N: the student has its guidance trained in")
+    if args.n < 1:
+        raise InputError("--n must be at least 1")
+    check_system(args)
     if args.prompts:
         args.prompt += read_captions(args.prompts)[0]
     args.prompt = list(dict.fromkeys(" ".join(p.split()) for p in args.prompt))
@@ -95,6 +94,14 @@ def picture(mel):
     return Image.fromarray(rgb.repeat(scale, 0).repeat(scale, 1))
 
 
+def check_system(args):
+    """InputError where the flags that open_system and make read are impossible."""
+    if args.batch_size < 1 or args.seed < 0 or args.teacher_steps is not None and not 1 <= args.teacher_steps <= 1000:
+        raise InputError("--batch_size must be at least 1, --seed at least 0, --teacher_steps between 1 and 1000")
+    if args.guidance is not None and not args.teacher_steps:
+        raise InputError("--guidance goes with --teacher_steps N: the student has its guidance trained in")
+
+
 def open_system(args):
     """What flags --student, --teacher, --teacher_steps, --guidance and --device mean: (teacher, latents, description).
 
@@ -118,6 +125,14 @@ def open_system(args):
     return teacher, latents, {"student": args.student, "folder": str(folder / part), "steps": 1}
 
 
+@torch.no_grad()
+def make(teacher, latents, prompts, numbers, seed):
+    """Log-mels (B, num_mels, frames) and waveforms (B, N), on the CPU, of prompts with the seed's noises of these numbers."""
+    z_T = torch.stack([sampling_noise(seed, k, teacher.latent_shape) for k in numbers]).to(teacher.device)
+    mel = teacher.decode(latents(z_T, teacher.encode_text(prompts)))
+    return mel.cpu(), teacher.vocode(mel).cpu().numpy()
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, names = Path(args.out), file_names(args.prompt, args.n, args.seed)
@@ -136,11 +151,8 @@ def main(argv=None):
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
         part = jobs[i:i + args.batch_size]
-        z_T = torch.stack([sampling_noise(args.seed, k, teacher.latent_shape) for _, k in part]).to(teacher.device)
-        with torch.no_grad():
-            mel = teacher.decode(latents(z_T, teacher.encode_text([prompt for prompt, _ in part])))
-            wav = teacher.vocode(mel).cpu().numpy()
-        for (prompt, k), w, m in zip(part, wav, mel.cpu()):
+        mel, wav = make(teacher, latents, [prompt for prompt, _ in part], [k for _, k in part], args.seed)
+        for (prompt, k), w, m in zip(part, wav, mel):
             path = out / names[prompt, k]
             try:
                 soundfile.write(f"{path}.wav", w, RATE, "PCM_16")

@@ -15,7 +15,7 @@ import numpy as np
 
 import train
 from data import write
-from model import Teacher
+from model import Teacher, load_unet
 from tiny import score
 
 # name: flags that differ from the tiny default (tiny/teacher/swiftaudio.json)
@@ -39,8 +39,8 @@ TABLES = {
         "LoRA's rate x 1/2": "--lora_lr 1e-3",
         "LoRA's rate x 2": "--lora_lr 4e-3",
         "student's rate x 1/2": "--lr 1e-4",
-        "student's rate x 2, warm-up": "--lr 4e-4 --warmup 20",
-        "warm-up of 20 steps": "--warmup 20",
+        "student's rate x 2": "--lr 4e-4",
+        "no warm-up": "--warmup 0",
         "guidance 1": "--guidance 1",
         "guidance 3": "--guidance 3",
         "betas 0.9, 0.999": "--beta1 0.9 --beta2 0.999",
@@ -86,7 +86,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     teacher, held, found = Teacher("tiny"), score.held_out(args.clips), {}
     if args.table == "queries":
-        systems = {f"teacher, {n} step{'s' * (n > 1)}": score.teacher_latents(teacher, n if n > 1 else 0) for n in (1, 2, 4, 10, 25, 50)}
+        unet = load_unet(teacher.folder).to(teacher.device)
+        systems = {f"teacher, {n} step{'s' * (n > 1)}": score.teacher_latents(teacher, unet, n if n > 1 else 0) for n in (1, 2, 4, 10, 25, 50)}
         systems |= {student: score.student_latents(student, teacher) for student in args.student}
         for seed in range(args.seeds):
             rows, _ = score.measure(teacher, systems, held, seed)

@@ -119,10 +119,9 @@ def student_latents(folder, teacher):
     return lambda z, y: one_step(denoiser(unet), z, y, teacher, about["parameterization"])
 
 
-def teacher_latents(teacher, steps, guidance=None):
+def teacher_latents(teacher, unet, steps):
     """The teacher's latents(z_T, text) in many steps; steps=0: in one as a student, which is the student before training."""
-    unet, null = load_unet(teacher.folder).to(teacher.device), teacher.encode_text([""])
-    guidance = teacher.defaults["sample"]["guidance"] if guidance is None else guidance
+    null, guidance = teacher.encode_text([""]), teacher.defaults["sample"]["guidance"]
     return lambda z, y: many_steps(denoiser(unet), z, y, null, teacher, steps, guidance) if steps else one_step(denoiser(unet), z, y, teacher)
 
 
@@ -132,9 +131,10 @@ def report(teacher, student_folder, clips=512, steps=25, seed=0):
     Prints a table, returns it, and writes scores.json and spectrograms.png beside the student.
     """
     held, after = held_out(clips), read_json(Path(student_folder) / "swiftaudio.json")["step"]
+    unet = load_unet(teacher.folder).to(teacher.device)
     table, sounds = measure(teacher, {
-        f"teacher, {steps} steps": teacher_latents(teacher, steps),
-        "student before (teacher, 1 step)": teacher_latents(teacher, 0),
+        f"teacher, {steps} steps": teacher_latents(teacher, unet, steps),
+        "student before (teacher, 1 step)": teacher_latents(teacher, unet, 0),
         f"student after {after} steps": student_latents(student_folder, teacher)}, held, seed)
     show(table, len(held))
     out = Path(student_folder).parent
