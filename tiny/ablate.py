@@ -25,11 +25,10 @@ TABLES = {
         "w/o eq. 1 (direct)": "--parameterization direct",
         "LoRA rank 2": "--lora_rank 2 --lora_alpha 2",
         "LoRA rank 64": "--lora_rank 64 --lora_alpha 64",
-        "TV l1, 0.01": "--tv l1 --tv_weight 0.01",
         "TV l1, 0.05 (the paper's)": "--tv l1 --tv_weight 0.05",
         "TV l2, 0.05": "--tv l2 --tv_weight 0.05",
     },
-    "table5": {f"{n} captions": f"--max_captions {n}" for n in (100, 500, 2000, 6000)},
+    "table5": {**{f"{n} captions": f"--max_captions {n}" for n in (100, 500, 2000)}, "6000 captions (tiny default)": ""},
     "levers": {
         "tiny default": "",
         "w = DMD's": "--weighting dmd",
@@ -57,9 +56,9 @@ def spread(rows):
     return " | ".join(f"{c.mean():.{d}f}" + (f" ± {c.std(ddof=1):.{d}f}" if len(c) > 1 else "") for c, d in zip(columns, (1, 2, 1)))
 
 
-def distil(name, flags, args, seed, teacher, held):
+def distil(flags, args, seed, teacher, held):
     """The scores of a student trained with these flags; from --out if it holds them, and nothing they depend on has changed."""
-    out = args.out / f"{args.steps} steps" / name.replace("/", "") / f"seed {seed}"
+    out = args.out / f"{args.steps} steps" / (flags.replace("--", "").replace(" ", "_") or "default") / f"seed {seed}"
     key = {"flags": flags, "defaults": teacher.defaults, "clips": len(held)}
     found = json.loads((out / "row.json").read_text()) if (out / "row.json").exists() else None
     if found and found["key"] != key:
@@ -96,7 +95,7 @@ def main(argv=None):
     else:
         for name, flags in TABLES[args.table].items():
             if not args.only or name in args.only:
-                found[name] = [distil(name, flags, args, seed, teacher, held) for seed in range(args.seeds)]
+                found[name] = [distil(flags, args, seed, teacher, held) for seed in range(args.seeds)]
                 print(f"| {name} | {spread(found[name])} |", flush=True)
     print(f"\nN = {len(held)} held-out captions, {args.seeds} seeds" + ("" if args.table == "queries" else f", {args.steps} steps"))
     print("| | FD | KL | IS |\n|---|---|---|---|")

@@ -3,6 +3,7 @@
 The roles of PANNs CNN14 in the paper's protocol, for the tiny world: one embedding and one row of logits per clip.
 
     python -m tiny.score out/student --clips 512
+    python -m tiny.score out/student --diversity 8          # how far apart are eight clips of one caption?
 """
 import argparse
 import json
@@ -107,6 +108,16 @@ def measure(teacher, systems, held, seed=0):
     return {name: scores(reference, features(classifier, mels)) for name, mels in sounds.items()}, sounds
 
 
+def diversity(teacher, systems, held, each=8, seed=0):
+    """{name: mean distance between the embeddings of `each` clips of one caption}, over the captions of `held`."""
+    classifier, many = load_classifier(), [description for description in held for _ in range(each)]
+    sounds = {"real audio": real(many, 3)}
+    for name, latents in systems.items():
+        sounds[name] = generate(teacher, [text for text, _, _ in many], latents, name, seed=seed)
+    embeddings = {name: features(classifier, mels)[0].view(len(held), each, -1) for name, mels in sounds.items()}
+    return {name: (torch.cdist(e, e).sum() / (len(held) * each * (each - 1))).item() for name, e in embeddings.items()}
+
+
 def show(table, clips):
     print(f"\n{'N = ' + str(clips) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
     for name, row in table.items():
@@ -164,5 +175,15 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=512)
     parser.add_argument("--steps", type=int, default=25, help="of the teacher")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--diversity", type=int, help="so many clips of each of CLIPS / so many captions, instead of scores")
     args = parser.parse_args()
-    report(Teacher("tiny"), args.student, args.clips, args.steps, args.seed)
+    if args.diversity:
+        teacher = Teacher("tiny")
+        systems = {"teacher": teacher_latents(teacher, load_unet(teacher.folder).to(teacher.device), args.steps),
+                   "student": student_latents(args.student, teacher)}
+        held = held_out(args.clips // args.diversity)
+        spread = diversity(teacher, systems, held, args.diversity, args.seed)
+        print(f"{len(held)} captions, {args.diversity} clips each: " + ", ".join(f"{k} {v:.2f}" for k, v in spread.items())
+              + f", student / teacher {spread['student'] / spread['teacher']:.3f}")
+    else:
+        report(Teacher("tiny"), args.student, args.clips, args.steps, args.seed)
