@@ -420,6 +420,7 @@ def main(argv=None):
         add("--guidance", type=float, help="the teacher's guidance (default: the folder's own, else 7.5)")
         add("--seed", type=int, default=0, help="of the noise, and of the crops")
         add("--batch_size", type=int, default=8, help="clips at a time")
+        add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
         if name == "audiocaps":
             add("--which", type=int, default=0, help="which of a clip's captions, from 0")
     add = commands.add_parser("table").add_argument

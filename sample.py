@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import InputError, read_captions, read_json, sampling_noise, write
-from model import LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, load_unet, many_steps, one_step, pick_device
+from model import LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, load_unet, many_steps, one_step, pick_device, sampling_dtype
 
 
 def parse_args(argv=None):
@@ -35,6 +35,7 @@ def parse_args(argv=None):
     add("--n", type=int, default=1, help="clips for each prompt")
     add("--batch_size", type=int, default=8, help="clips at a time")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
     args = p.parse_args(argv)
     if args.n < 1:
         raise InputError("--n must be at least 1")
@@ -108,21 +109,22 @@ def open_system(args):
     latents(z_T, text) makes latents of noise and encoded prompts, by the student in one step or by the teacher in many.
     """
     device, about = pick_device(args.device), {}
+    dtype = sampling_dtype(device) if args.precision == "auto" else torch.float32
     if not (args.teacher_steps and args.teacher):
         folder, part, about = open_student(args.student)
     teacher = Teacher(args.teacher or about["teacher"], about.get("seconds"),
-                      skip=() if args.teacher_steps else "unet/diffusion").to(device)      # a student needs no teacher's UNet
+                      skip=() if args.teacher_steps else "unet/diffusion", dtype=dtype).to(device)      # a student needs no teacher's UNet
     if args.teacher_steps:
-        eps, null = denoiser(load_unet(teacher.folder).to(device)), teacher.encode_text([""])
+        eps, null = denoiser(load_unet(teacher.folder, dtype=dtype).to(device)), teacher.encode_text([""])
         guidance = teacher.defaults.get("sample", {}).get("guidance", 7.5) if args.guidance is None else args.guidance
         def latents(z_T, text):
             return many_steps(eps, z_T, text, null, teacher, args.teacher_steps, guidance)
-        return teacher, latents, {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance}
-    unet = load_unet(folder, part).to(device)
+        return teacher, latents, {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance, "dtype": str(dtype)}
+    unet = load_unet(folder, part, dtype).to(device)
     check_architecture(unet, teacher.folder)
     def latents(z_T, text):
         return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
-    return teacher, latents, {"student": args.student, "folder": str(folder / part), "steps": 1}
+    return teacher, latents, {"student": args.student, "folder": str(folder / part), "steps": 1, "dtype": str(dtype)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from PIL import Image
 import sample
 import train
 from data import InputError
+from model import sampling_dtype
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def test_the_command_line(student, tmp_path):
     rows = json.loads((tmp_path / "samples/manifest.json").read_text())
     assert [row["file"] for row in rows] == [f"{n}.wav" for n in names]
     assert rows[1] == {"file": "a-dog-barking_seed3_1.wav", "prompt": "A dog, barking!", "seed": 3, "k": 1, "student": str(student),
-                       "folder": str(student), "steps": 1}
+                       "folder": str(student), "steps": 1,
+                       "dtype": str(sampling_dtype(torch.device("cpu")))}
     refused("sample.py", "--student", student, "--prompt", "rain", "--seed", 3, cwd=tmp_path, says=["rain_seed3_0.wav exists", "--overwrite"])
 
 
