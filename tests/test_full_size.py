@@ -8,18 +8,15 @@ import time
 import pytest
 import soundfile
 import torch
-from conftest import run, write_checkpoint
+from conftest import run
 
+from bench import FULL, write_teacher
 from model import load_unet
-
-VOCODER = dict(num_mels=256, upsample_rates=[5, 4, 2, 2, 2], upsample_kernel_sizes=[11, 8, 4, 4, 4], upsample_initial_channel=1024,
-               resblock="1", resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3)
 
 
 @pytest.mark.slow
 def test_one_step_and_one_clip(tmp_path, captions):
-    teacher = write_checkpoint(tmp_path / "auffusion", dim=768, unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), vocoder=VOCODER,
-                               text_layers=12, heads=8, layers=2, groups=32, vocab=49408, text_heads=12, seconds=10.24)
+    teacher = write_teacher(tmp_path / "auffusion", **FULL)
     assert sum(p.numel() for p in load_unet(teacher).parameters()) == 859_520_964
     def measured(*command, **kw):
         started = time.time()

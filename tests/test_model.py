@@ -7,11 +7,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import VOCODER, write_checkpoint, write_vocoder
+from conftest import VOCODER, write_checkpoint
 from torch.nn import functional as F
 from transformers import CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 import model
+from bench import write_vocoder
 from data import InputError
 from model import Teacher, denoiser, image_to_mel, load_unet, load_vocoder, log_mel, many_steps, mel_to_image, needed, peak_normalize
 
