@@ -347,7 +347,7 @@ def generate(jobs, out, args):
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="clips")
     for i in range(0, len(todo), args.batch_size):
         names = todo[i:i + args.batch_size]
-        _, wavs = sample.make(teacher, latents, [jobs[name] for name in names], [number(name) for name in names], args.seed)
+        _, wavs = sample.make(teacher, latents, [jobs[name] for name in names], sample.noise(teacher, [number(name) for name in names], args.seed))
         for name, wav in zip(names, wavs):
             write(out / name, lambda path: soundfile.write(path, wav, RATE, "PCM_16", format="WAV"))
             manifest["clips"][name] = jobs[name]

@@ -3,9 +3,13 @@
     python sample.py --prompt "a dog barks twice"                       # the student in out/student
     python sample.py --prompts prompts.txt --n 4 --student USER/MODEL   # four clips a line, a student from the hub
     python sample.py --prompt "rain falls" --teacher_steps 25           # its teacher instead, in many steps
+    python sample.py --prompt "a dog barks while (rain:2) falls"        # more rain: attention to it is doubled
+    python sample.py --prompt "a cat meows" --init dog.wav --init_prompt "a dog barks"    # edit a recording
 """
 import argparse
+import base64
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -13,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from data import InputError, read_captions, read_json, sampling_noise, write
-from model import LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, load_unet, many_steps, one_step, pick_device, sampling_dtype
+from model import (LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, invert, load_unet, many_steps, one_step, pick_device, reweighted,
+                   sampling_dtype)
 
 
 def parse_args(argv=None):
@@ -30,6 +36,12 @@ def parse_args(argv=None):
     add("--teacher_steps", type=int, help="sample the teacher instead, in so many steps")
     add("--guidance", type=float, help="the teacher's classifier-free guidance (default: the folder's own, else 7.5)")
     add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
+    add("--seconds", dest="length", type=float, metavar="S", help="length (default: that of training, at which it is best)")
+    add("--init", metavar="WAV", help="edit this recording: start from noise that makes it")
+    add("--init_prompt", help="what --init sounds like (default: nothing said)")
+    add("--strength", type=float, default=0.3, help="of an edit: 0 keeps most of --init, 1 all but its length is new")
+    add("--html", nargs="?", const="page", choices=("page", "blind"), help="write OUT/listen.html; blind: a listening test")
+    add("--beside", nargs="+", default=[], metavar="DIR", help="for --html: folders of other systems, a column each")
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--seed", type=int, default=0, help="of the noise; clip k of a seed has the same noise for every prompt")
     add("--n", type=int, default=1, help="clips for each prompt")
@@ -39,13 +51,54 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.n < 1:
         raise InputError("--n must be at least 1")
+    if not 0 <= args.strength <= 1 or args.length is not None and not 0.16 <= args.length <= 30:
+        raise InputError("--strength must be between 0 and 1, --seconds between 0.16 and 30")
+    if args.init and args.teacher_steps:
+        raise InputError("--init needs a one-step student, not --teacher_steps")
+    if args.beside and not args.html:
+        raise InputError("--beside goes with --html")
     check_system(args)
     if args.prompts:
         args.prompt += read_captions(args.prompts)[0]
     args.prompt = list(dict.fromkeys(" ".join(p.split()) for p in args.prompt))
-    if not args.prompt or "" in args.prompt:
+    args.parsed = {p: parse_weights(p) for p in args.prompt}
+    if not args.prompt or any(not plain.strip() for plain, _ in args.parsed.values()):
         raise InputError('an empty prompt; pass --prompt "what it shall sound like" or --prompts FILE')
     return args
+
+
+def parse_weights(prompt):
+    r"""A prompt with weights, "a (loud dog:1.5) barks", -> ("a loud dog barks", the weight of each character).
+
+    Brackets nest and multiply. A bracket, colon or backslash after a backslash is itself. InputError points at what is broken.
+    """
+    def broken(i, why):
+        raise InputError(f"--prompt: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look like (rain:1.5), and "
+                         r"plain brackets like \( and \)")
+    plain, weights, opened, i = [], [], [], 0
+    while i < len(prompt):
+        if prompt[i] == "\\" and prompt[i + 1:i + 2] in ("(", ")", ":", "\\"):
+            plain.append(prompt[i + 1])
+            weights.append(1.0)
+            i += 1
+        elif prompt[i] == "(":
+            opened.append((len(plain), i))
+        elif opened and prompt[i] in ":)":
+            found = re.compile(r":\s*(\d+\.?\d*|\.\d+)\s*\)").match(prompt, i)
+            if not found:
+                broken(i, "a bracket without its number")
+            start, _ = opened.pop()
+            weights[start:] = [w * float(found[1]) for w in weights[start:]]
+            i = found.end() - 1
+        elif prompt[i] == ")":
+            broken(i, "a bracket that nothing opens")
+        else:
+            plain.append(prompt[i])
+            weights.append(1.0)
+        i += 1
+    if opened:
+        broken(opened[-1][1], "a bracket that nothing closes")
+    return "".join(plain), weights
 
 
 def open_student(name):
@@ -106,33 +159,73 @@ def check_system(args):
 def open_system(args):
     """What flags --student, --teacher, --teacher_steps, --guidance and --device mean: (teacher, latents, description).
 
-    latents(z_T, text) makes latents of noise and encoded prompts, by the student in one step or by the teacher in many.
+    latents(z_T, text, weights=None) makes latents of noise and encoded prompts, by the student in one step or by the teacher in many.
     """
     device, about = pick_device(args.device), {}
     dtype = sampling_dtype(device) if args.precision == "auto" else torch.float32
     if not (args.teacher_steps and args.teacher):
         folder, part, about = open_student(args.student)
-    teacher = Teacher(args.teacher or about["teacher"], about.get("seconds"),
+    teacher = Teacher(args.teacher or about["teacher"], getattr(args, "length", None) or about.get("seconds"),
                       skip=() if args.teacher_steps else "unet/diffusion", dtype=dtype).to(device)      # a student needs no teacher's UNet
     if args.teacher_steps:
-        eps, null = denoiser(load_unet(teacher.folder, dtype=dtype).to(device)), teacher.encode_text([""])
+        unet, null = load_unet(teacher.folder, dtype=dtype).to(device), teacher.encode_text([""])
         guidance = teacher.defaults.get("sample", {}).get("guidance", 7.5) if args.guidance is None else args.guidance
-        def latents(z_T, text):
-            return many_steps(eps, z_T, text, null, teacher, args.teacher_steps, guidance)
+        def latents(z_T, text, weights=None):
+            with reweighted(unet, weights):
+                return many_steps(denoiser(unet), z_T, text, null, teacher, args.teacher_steps, guidance)
         return teacher, latents, {"teacher": str(teacher.folder), "steps": args.teacher_steps, "guidance": guidance, "dtype": str(dtype)}
-    unet = load_unet(folder, part, dtype).to(device)
+    unet = load_unet(folder, part, dtype).to(device).requires_grad_(False)
     check_architecture(unet, teacher.folder)
-    def latents(z_T, text):
-        return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
+    def latents(z_T, text, weights=None):
+        with reweighted(unet, weights):
+            return one_step(denoiser(unet), z_T, text, teacher, about["parameterization"])
     return teacher, latents, {"student": args.student, "folder": str(folder / part), "steps": 1, "dtype": str(dtype)}
 
 
+def noise(teacher, numbers, seed):
+    """z_T (B, 4, h, w): the seed's noises of these numbers."""
+    return torch.stack([sampling_noise(seed, k, teacher.latent_shape) for k in numbers]).to(teacher.device)
+
+
 @torch.no_grad()
-def make(teacher, latents, prompts, numbers, seed):
-    """Log-mels (B, num_mels, frames) and waveforms (B, N), on the CPU, of prompts with the seed's noises of these numbers."""
-    z_T = torch.stack([sampling_noise(seed, k, teacher.latent_shape) for k in numbers]).to(teacher.device)
-    mel = teacher.decode(latents(z_T, teacher.encode_text(prompts)))
+def make(teacher, latents, prompts, z_T, weights=None):
+    """Log-mels (B, num_mels, frames) and waveforms (B, N), on the CPU, of prompts and noise."""
+    mel = teacher.decode(latents(z_T, teacher.encode_text(prompts), weights))
     return mel.cpu(), teacher.vocode(mel).cpu().numpy()
+
+
+def invert_recording(path, prompt, teacher, latents, seed):
+    """The noise (1, 4, h, w) of which a student makes a recording, cut or padded with silence to the teacher's length."""
+    from eval import read_audio
+    length = round(teacher.seconds * RATE)
+    wav = read_audio(path, teacher.seconds)[:length]
+    x0 = teacher.encode_audio(F.pad(wav, (0, length - len(wav)))[None].to(teacher.device))
+    text = teacher.encode_text([prompt])
+    z, error = invert(lambda z: latents(z, text), x0, noise(teacher, [2 ** 32], seed))       # a noise that no clip is mixed with
+    print(f"{path}: found noise that makes it but for {error.item() / x0.var().item():.0%} of its latents' variance")
+    return z
+
+
+def listen(folders, blind):
+    """One self-contained page of the clips in folders of sample.py, a column a folder, a row a (prompt, seed, clip)."""
+    rows, systems = {}, []
+    for folder in map(Path, folders):
+        if not (folder / "manifest.json").exists():
+            raise InputError(f"{folder}: holds no manifest.json of sample.py")
+        clips = read_json(folder / "manifest.json")
+        systems.append(folder.resolve().name)
+        for clip in clips:
+            def embed(ending, kind):
+                path = (folder / clip["file"]).with_suffix(ending)
+                if not path.exists():
+                    raise InputError(f"{path}: is missing, though {folder / 'manifest.json'} lists it; make it again")
+                return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+            row = rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})
+            row[len(systems) - 1] = {"wav": embed(".wav", "audio/wav"), "png": embed(".png", "image/png"),
+                                     "seconds": soundfile.info(folder / clip["file"]).duration}
+    known = {"blind": blind, "systems": systems, "rows": [{"prompt": p, "seed": s, "k": k, "clips": clips} for (p, s, k), clips in rows.items()]}
+    template = (Path(__file__).resolve().parent / "assets/listen.html").read_text("utf-8")
+    return template.replace("/*DATA*/", json.dumps(known).replace("</", "<\\/"))
 
 
 def main(argv=None):
@@ -144,8 +237,9 @@ def main(argv=None):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
     teacher, latents, system = open_system(args)
-    for line in teacher.check(args.prompt):
+    for line in teacher.check([plain for plain, _ in args.parsed.values()]):
         tqdm.write(line)
+    start = invert_recording(args.init, args.init_prompt or "", teacher, latents, args.seed) if args.init else None
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.json"
     rows = {row["file"]: row for row in (read_json(manifest) if manifest.exists() else [])}
@@ -153,7 +247,11 @@ def main(argv=None):
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
         part = jobs[i:i + args.batch_size]
-        mel, wav = make(teacher, latents, [prompt for prompt, _ in part], [k for _, k in part], args.seed)
+        z_T, (texts, weights) = noise(teacher, [k for _, k in part], args.seed), zip(*(args.parsed[prompt] for prompt, _ in part))
+        if args.init:                                   # of unit variance, as noise has
+            z_T = math.sqrt(1 - args.strength ** 2) * start + args.strength * z_T
+        plain = all(w == 1 for row in weights for w in row)
+        mel, wav = make(teacher, latents, texts, z_T, None if plain else teacher.token_weights(texts, weights))
         for (prompt, k), w, m in zip(part, wav, mel):
             path = out / names[prompt, k]
             try:
@@ -161,11 +259,15 @@ def main(argv=None):
                 picture(m).save(f"{path}.png")
             except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
                 raise InputError(f"{path}: not written ({e})")
-            rows[f"{path.name}.wav"] = {"file": f"{path.name}.wav", "prompt": prompt, "seed": args.seed, "k": k, **system}
+            rows[f"{path.name}.wav"] = {"file": f"{path.name}.wav", "prompt": prompt, "seed": args.seed, "k": k, **system,
+                                         **({"init": args.init, "init_prompt": args.init_prompt, "strength": args.strength} if args.init else {})}
         write(manifest, lambda path: path.write_text(json.dumps(list(rows.values()), indent=2, ensure_ascii=False) + "\n", "utf-8"))
         bar.update(len(part))
     bar.close()
     seconds = (time.time() - started) / len(jobs)
+    if args.html:
+        write(out / "listen.html", lambda path: path.write_text(listen([out, *args.beside], args.html == "blind"), "utf-8"))
+        print(f"{out / 'listen.html'}")
     for name in list(names.values())[:10]:
         print(f"{out / name}.wav  {out / name}.png")
     if len(names) > 10:

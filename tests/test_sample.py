@@ -1,5 +1,8 @@
+import csv
+import html
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 import sample
 import train
 from data import InputError
-from model import sampling_dtype
+from model import Teacher, denoiser, invert, load_unet, one_step, reweighted, sampling_dtype
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,128 @@ def test_the_picture_has_low_frequencies_at_the_bottom():
     mel[0] = 4
     rgb = np.asarray(sample.picture(mel))
     assert rgb.shape == (256, 40, 3) and rgb[-1].mean() > 200 and rgb[0].mean() < 5
+
+
+# ---- weights in prompts ----
+
+def test_weights_are_read():
+    for prompt, plain, weights in [
+            ("a dog", "a dog", [1] * 5), ("a (dog:2)", "a dog", [1, 1, 2, 2, 2]), ("((a:2) b:.5)", "a b", [1, 0.5, 0.5]),
+            (r"a \(b\) 1:2", "a (b) 1:2", [1] * 9), (r"(a\:b: 3 )", "a:b", [3] * 3), ("(:2)x", "x", [1])]:
+        assert sample.parse_weights(prompt) == (plain, weights)
+    for prompt, where in [("a (dog", 3), ("a dog)", 6), ("(dog:x)", 5), ("(dog)", 5), ("(a:2) (b:-1)", 9), ("(a:inf)", 3)]:
+        with pytest.raises(InputError, match=f"at character {where},"):
+            sample.parse_weights(prompt)
+
+
+def test_weights_act_on_their_own_clip_only(student, tmp_path):
+    def wav(*prompts, names):
+        go("--student", student, "--prompt", *prompts, "--out", tmp_path / "w", "--overwrite")
+        return [soundfile.read(tmp_path / f"w/{n}_seed0_0.wav", dtype="int16")[0].astype(int) for n in names]
+    plain, = wav("a dog", names=["a-dog"])
+    one, = wav("a (dog:1.0)", names=["a-dog-1-0"])
+    assert np.array_equal(plain, one)
+    a, b = wav("a dog", "a (dog:3)", names=["a-dog", "a-dog-3"])
+    alone, = wav("a (dog:3)", names=["a-dog-3"])
+    assert np.abs(a - plain).max() <= 2 and np.abs(b - alone).max() <= 2 and np.abs(b - a).max() > 2
+    refused("sample.py", "--student", student, "--prompt", "a (dog:", cwd=tmp_path, says=["character 7", "(rain:1.5)"])
+
+
+def test_the_weight_of_a_token_is_that_of_its_probability(plain):
+    """Against attention written out, in one layer; a guided batch's unconditional half keeps its own; compiled, it is the same."""
+    unet, teacher = load_unet(plain), Teacher(plain)
+    layer = next(m for name, m in unet.named_modules() if name.endswith("attn2"))
+    x, text, w = torch.randn(2, 6, layer.to_q.in_features), torch.randn(2, 77, 24), torch.rand(2, 77) * 3
+    q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in (layer.to_q(x), layer.to_k(text), layer.to_v(text)))
+    p = (q @ k.transpose(-1, -2) * layer.scale).softmax(-1) * w[:, None, None]
+    expected = layer.to_out[0]((p @ v).transpose(1, 2).flatten(2))
+    with reweighted(unet, w):
+        assert torch.allclose(layer(x, text), expected, atol=1e-5)
+    unweighted = layer(x, text)
+    assert not torch.allclose(unweighted, expected, atol=1e-3)
+    with reweighted(unet, w[:1]):
+        both = layer(x[:1].expand(2, -1, -1), text[:1].expand(2, -1, -1))
+    assert torch.allclose(both[0], expected[0], atol=1e-5) and torch.allclose(both[1], unweighted[0], atol=1e-5)
+    args = torch.randn(1, *teacher.latent_shape), torch.tensor([999]), text[:1]
+    run_it, results = torch.compile(unet, backend="eager"), []
+    with torch.no_grad():
+        for weights in (None, w[:1], w[1:], None):
+            with reweighted(unet, weights):
+                results.append((run_it(*args).sample, unet(*args).sample))
+    assert all(torch.equal(a, b) for a, b in results) and not torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][0], results[3][0]) and not torch.equal(results[1][0], results[2][0])
+
+
+# ---- editing, length, pages ----
+
+def test_edit_a_recording(student, tmp_path, capsys):
+    t = np.arange(48000) / 48000
+    soundfile.write(tmp_path / "in.wav", np.stack([np.sin(2 * np.pi * 440 * t), 0 * t], 1), 48000)      # stereo, another rate, longer
+    flags = ("--student", student, "--prompt", "a dog", "--init", tmp_path / "in.wav")
+    go(*flags, "--strength", 0, "--out", tmp_path / "near")
+    assert "found noise that makes it but for" in capsys.readouterr().out
+    go(*flags, "--strength", 1, "--out", tmp_path / "far")
+    go("--student", student, "--prompt", "a dog", "--out", tmp_path / "free")
+    near, far, free = (soundfile.read(tmp_path / d / "a-dog_seed0_0.wav", dtype="int16")[0].astype(int) for d in ("near", "far", "free"))
+    assert np.abs(near - free).max() > 2 and np.array_equal(far, free)      # strength 1 is the seed's own noise
+    assert json.loads((tmp_path / "near/manifest.json").read_text())[0]["strength"] == 0
+    for broken, says in (("none.wav", "cannot be read as audio"), (__file__, "cannot be read as audio")):
+        refused("sample.py", "--student", student, "--prompt", "a dog", "--init", broken, cwd=tmp_path, says=[says])
+    refused("sample.py", *flags, "--strength", 2, cwd=tmp_path, says=["--strength"])
+
+
+def test_inversion_finds_noise(plain):
+    """Of a clip that the student itself made, from another start."""
+    teacher, unet = Teacher(plain), load_unet(plain).requires_grad_(False)
+    text = teacher.encode_text(["a dog"])
+    latents = lambda z: one_step(denoiser(unet), z, text, teacher)
+    x0, start = latents(torch.randn(1, *teacher.latent_shape)), torch.randn(1, *teacher.latent_shape)
+    _, before = invert(latents, x0, start, steps=1)
+    z, after = invert(latents, x0, start)
+    assert after < before / 2 and 0.5 < z.std() < 2
+
+
+def test_length(student, tmp_path):
+    for seconds, samples in ((0.16, 2560), (1.28, 20480)):
+        go("--student", student, "--prompt", "a dog", "--seconds", seconds, "--out", tmp_path / str(seconds))
+        assert soundfile.info(tmp_path / str(seconds) / "a-dog_seed0_0.wav").frames == samples
+    refused("sample.py", "--student", student, "--prompt", "a dog", "--seconds", 1.3, cwd=tmp_path, says=["--seconds 1.3", "0.08"])
+    refused("sample.py", "--student", student, "--prompt", "a dog", "--seconds", 31, cwd=tmp_path, says=["--seconds between"])
+
+
+CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+def in_browser(page, script, tmp_path):
+    """The page as a headless browser shows it from the disk, after a script ran at its end."""
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text() + f"<script>{script}</script>")
+    done = subprocess.run([CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--virtual-time-budget=4000",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout
+
+
+@pytest.mark.skipif(not CHROME, reason="needs Chromium")
+def test_the_listening_page_and_the_blind_test_in_a_browser(student, tmp_path):
+    go("--student", student, "--prompt", "a dog </script>", "rain", "--out", tmp_path / "ours")
+    go("--student", student, "--prompt", "a dog </script>", "--seed", 0, "--out", tmp_path / "theirs")
+    go("--student", student, "--prompt", "a dog </script>", "rain", "--out", tmp_path / "ours", "--overwrite", "--html", "--beside", tmp_path / "theirs")
+    page = tmp_path / "ours/listen.html"
+    assert "http" not in page.read_text().replace("http-equiv", "")     # nothing is loaded from elsewhere
+    dom = in_browser(page, "document.title = [...document.querySelectorAll('img')].every(i => i.naturalWidth > 0)"
+                     " + ' ' + [...document.querySelectorAll('audio')].every(a => a.src.startsWith('data:audio/wav'))", tmp_path)
+    assert dom.count("<audio") == 3 and dom.count("<img") == 3 and "<th>ours</th><th>theirs</th>" in dom and "0.64 s" in dom
+    assert "<title>true true</title>" in dom and "a dog &lt;/script&gt;" in dom and "seed 0, clip 0" in dom
+    go("--student", student, "--prompt", "a dog </script>", "rain", "--out", tmp_path / "ours", "--overwrite", "--html", "blind", "--beside", tmp_path / "theirs")
+    script = """
+      const button = document.getElementById('save'), before = button.disabled, audio = document.querySelector('audio');
+      audio.onplay(); setTimeout(() => { audio.onpause();
+        [...document.querySelectorAll('input[value="4"]')].forEach(i => i.click());
+        URL.createObjectURL = blob => { blob.text().then(t => { const pre = document.createElement('pre'); pre.id = 'csv'; pre.textContent = t; document.body.append(pre) }); return '#' };
+        document.title = before + ' ' + button.disabled; button.click() }, 500);"""
+    dom = in_browser(page, script, tmp_path)
+    seen = dom.split("<script>")[0]
+    assert "<title>true false</title>" in dom and "ours" not in seen and "theirs" not in seen       # names are hidden
+    rows = list(csv.DictReader(html.unescape(dom.split('<pre id="csv">')[1].split("</pre>")[0]).splitlines()))
+    assert sorted((row["prompt"], row["system"]) for row in rows) == [("a dog </script>", "ours"), ("a dog </script>", "theirs"), ("rain", "ours")]
+    assert all(row["OVL"] == row["REL"] == "4" for row in rows) and sum(float(row["listened"]) > 0.3 for row in rows) == 1
