@@ -155,7 +155,7 @@ def run_stages(teacher, unet, prompts, runs):
     times, results, x = {}, [], None
     for name, f in stages(teacher, unet, prompts):
         times[name], x = clock(lambda: f(x), teacher.device, runs)
-        results.append(x)
+        results.append(x.clone())                                   # a CUDA graph's output is overwritten by the next call
     def whole():
         x = None
         for _, f in stages(teacher, unet, prompts):
@@ -200,7 +200,7 @@ def bench_sample(folder, device, batch, runs, compile):
           "of signal to noise" + (" (of phases that Griffin-Lim guesses)" if Path(folder) == HERE / "tiny/teacher" else " (random weights: see the tiny table for trained ones)") + "\n")
 
 
-def bench_shell(folder):
+def bench_shell(folder, runs):
     """sample.py from the shell: what is not the model's work, against importing the libraries and reading the weights alone."""
     with tempfile.TemporaryDirectory() as out:
         link = Path(out) / "model"                                  # a complete one-step model: the teacher itself
@@ -209,7 +209,7 @@ def bench_shell(folder):
                 "AutoTokenizer\nfrom safetensors.torch import load_file\nfor f in pathlib.Path(sys.argv[1]).rglob('diffusion*.safetensors'): load_file(f)")
         command = [sys.executable, str(HERE / "sample.py"), "--student", str(link), "--prompt", "a dog barks", "--overwrite", "--out", out]
         times = []
-        for _ in range(3):
+        for _ in range(runs):
             started = time.perf_counter()
             subprocess.run([sys.executable, "-c", bare, str(folder)], check=True, capture_output=True)
             middle = time.perf_counter()
@@ -397,7 +397,7 @@ def main(argv=None):
                 for batch in args.batch_size or ((1, 16) if gpu else (1,)):
                     bench_sample(teacher, device, batch, runs, args.compile)
                 if size == "tiny":
-                    bench_shell(teacher)
+                    bench_shell(teacher, min(runs, 3))
             if args.what in ("all", "train") and (gpu or size == "tiny"):
                 bench_train(teacher, device, runs, (args.batch_size or [16])[0], args.grad_accum or (4 if size == "full" else 1))
                 if size == "tiny" and not gpu:

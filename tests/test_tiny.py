@@ -9,7 +9,7 @@ from conftest import run
 
 import train
 from model import TINY, Teacher
-from tiny import ablate, score, world
+from tiny import ablate, control, score, world
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,24 @@ def test_audiocaps_like_file(tmp_path):
     path.write_text("audiocap_id,youtube_id,start_time,caption\n" + "".join(f'{i},x,0,"Noise number {i}, far away"\n' for i in range(50000)))
     code, output = run("train.py", "--teacher", "tiny", "--captions", path, "--max_steps", 5, "--eval_clips", 0, cwd=tmp_path, threads=2)
     assert code == 0 and "50000 captions used" in output, output
+
+
+def test_control(monkeypatch, capsys, tmp_path):
+    """The measurements of control.py run, on a few captions, with the teacher itself as a one-step student."""
+    teacher, pairs = str(TINY), control.pairs
+    assert all(text in {t for t, _, _ in world.captions()[1]} for text in (f"{a} {join} {b}" for _, a, join, _, b in pairs(16)))
+    monkeypatch.setattr(control, "pairs", lambda n: pairs(4))
+    control.sweep(teacher, tmp_path / "figure.png")
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[1].strip() for row in rows[1:]] == ["0", "0.5", "1", "1.5", "2", "3", "4"] and (tmp_path / "figure.png").exists()
+    system, held = control.System(teacher), world.captions()[1][:24]
+    right = system.heard(score.real(held, 9), [events[0][0] for _, events, _ in held])
+    wrong = system.heard(score.real(held, 9), [events[0][0] for _, events, _ in held[1:] + held[:1]])
+    assert right.mean() > 0.8 and wrong.mean() < 0.4
+
+
+def test_diversity_is_the_mean_distance_of_pairs(teacher):
+    """Of a system that knows one clip only: nothing; of real audio: something."""
+    held = score.held_out(2)
+    still = score.diversity(teacher, {"still": lambda z, y: torch.zeros_like(z)}, held, each=3)
+    assert still["still"] == pytest.approx(0, abs=1e-2) and still["real audio"] > 1

@@ -9,6 +9,7 @@ Runs are kept under --out and not made again. `--steps` is short by default: wha
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,30 @@ def distil(flags, args, seed, teacher, held):
     return found
 
 
+def plot(path, found):
+    """An SVG of FD against network passes, both logarithmic: the teacher's line, and each student's point at one pass."""
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 300" font-family="sans-serif" font-size="12">',
+             '<rect width="520" height="300" fill="white"/>', '<text x="260" y="292" text-anchor="middle">UNet passes for a clip</text>',
+             '<text x="14" y="150" text-anchor="middle" transform="rotate(-90 14 150)">FD (lower is better)</text>']
+    x, y = lambda passes: 60 + 210 * np.log10(passes), lambda fd: 255 - 120 * np.log10(fd / 10)
+    for v in (1, 2, 4, 8, 20, 50, 100):
+        lines.append(f'<text x="{x(v):.0f}" y="273" text-anchor="middle">{v}</text><path d="M{x(v):.0f} 20V255" stroke="#eee"/>')
+    for v in (10, 20, 50, 100, 200, 500, 1000):
+        lines.append(f'<text x="52" y="{y(v) + 4:.0f}" text-anchor="end">{v}</text><path d="M60 {y(v):.0f}H480" stroke="#eee"/>')
+    points = []
+    for name, rows in found.items():
+        steps = re.match(r"teacher, (\d+) step", name)
+        passes = 1 if not steps or steps[1] == "1" else 2 * int(steps[1])       # guidance doubles them; a single step has none
+        low, mean, high = (f([row["FD"] for row in rows]) for f in (min, np.mean, max))
+        color = "#1f5fa8" if steps else "#c0392b"
+        points += [(x(passes), y(mean))] if steps else []
+        lines.append(f'<circle cx="{x(passes):.1f}" cy="{y(mean):.1f}" r="4" fill="{color}"/><path d="M{x(passes):.1f} {y(low):.1f}V{y(high):.1f}" stroke="{color}"/>')
+        lines += [] if steps else [f'<text x="{x(passes) + 9:.0f}" y="{y(mean) + 4:.0f}" fill="{color}">student</text>']
+    lines.append('<polyline fill="none" stroke="#1f5fa8" points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in points) + '"/>')
+    lines.append(f'<text x="{points[-1][0]:.0f}" y="{points[-1][1] - 12:.0f}" text-anchor="end" fill="#1f5fa8">teacher</text></svg>')
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "queries"])
@@ -80,15 +105,16 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clips", type=int, default=512)
-    parser.add_argument("--student", nargs="*", default=[], help="queries: students to print beside the teacher")
+    parser.add_argument("--student", nargs="*", default=[], help="queries: students beside the teacher; out{seed}/student for one of each seed")
+    parser.add_argument("--figure", type=Path, help="queries: an SVG to write")
     parser.add_argument("--out", type=Path, default=Path("ablations"))
     args = parser.parse_args(argv)
     teacher, held, found = Teacher("tiny"), score.held_out(args.clips), {}
     if args.table == "queries":
         unet = load_unet(teacher.folder).to(teacher.device)
         systems = {f"teacher, {n} step{'s' * (n > 1)}": score.teacher_latents(teacher, unet, n if n > 1 else 0) for n in (1, 2, 4, 10, 25, 50)}
-        systems |= {student: score.student_latents(student, teacher) for student in args.student}
         for seed in range(args.seeds):
+            systems |= {student: score.student_latents(student.format(seed=seed), teacher) for student in args.student}
             rows, _ = score.measure(teacher, systems, held, seed)
             for name, row in rows.items():
                 found.setdefault(name, []).append(row)
@@ -97,6 +123,8 @@ def main(argv=None):
             if not args.only or name in args.only:
                 found[name] = [distil(flags, args, seed, teacher, held) for seed in range(args.seeds)]
                 print(f"| {name} | {spread(found[name])} |", flush=True)
+    if args.figure:
+        plot(args.figure, found)
     print(f"\nN = {len(held)} held-out captions, {args.seeds} seeds" + ("" if args.table == "queries" else f", {args.steps} steps"))
     print("| | FD | KL | IS |\n|---|---|---|---|")
     print("\n".join(f"| {name} | {spread(rows)} |" for name, rows in found.items()))
