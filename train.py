@@ -41,6 +41,7 @@ def parse_args(argv=None):
     add = p.add_argument
     # what
     add("--teacher", default="auffusion/auffusion-full-no-adapter", help='hub name, folder, or "tiny"')
+    add("--preset", choices=("teacher", "paper"), default="teacher", help="paper: not the folder's")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if unusual")
     add("--max_captions", type=int, help="use only the first so many")
@@ -88,7 +89,8 @@ def parse_args(argv=None):
         data.read_captions(args.captions, args.caption_column, args.max_captions)
     folder = find(args.teacher)
     defaults = folder_defaults(folder).get("train", {})             # a teacher's own defaults; the command line wins
-    p.set_defaults(**defaults)
+    kept = ("captions", "eval_clips") if args.preset == "paper" else defaults
+    p.set_defaults(**{name: value for name, value in defaults.items() if name in kept})
     args = p.parse_args(argv)
     if args.captions is None:
         raise InputError("--captions FILE is needed")

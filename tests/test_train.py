@@ -165,9 +165,10 @@ def test_a_teacher_brings_defaults_and_flags_win(broken, captions, tmp_path):
     (broken / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "train": {"lr": 3e-4, "guidance": 3.0, "captions": "c.txt"}}))
     args = train.parse_args(["--teacher", str(broken), "--guidance", "5"])
     assert (args.lr, args.guidance, args.lora_guidance, args.captions) == (3e-4, 5, 5, str(broken / "c.txt"))
-    paper = train.parse_args(["--teacher", str(broken), "--captions", str(captions), "--lr", "1e-5"])
-    assert (paper.max_steps, paper.batch_size, paper.grad_accum, paper.lora_lr, paper.lora_rank, paper.lora_alpha, paper.tv_weight,
-            paper.tv, paper.lora_targets) == (20000, 16, 4, 1e-3, 64, 128, 0.05, "l1", "qv")
+    paper = train.parse_args(["--teacher", str(broken), "--preset", "paper"])
+    assert paper.captions == str(broken / "c.txt")
+    assert (paper.lr, paper.guidance, paper.max_steps, paper.batch_size, paper.grad_accum, paper.lora_lr, paper.lora_rank, paper.lora_alpha, paper.tv_weight,
+            paper.tv, paper.lora_targets) == (1e-5, 7.5, 20000, 16, 4, 1e-3, 64, 128, 0.05, "l1", "qv")
 
 
 # ---- what can go wrong ----
