@@ -251,7 +251,9 @@ class Teacher(nn.Module):
         self.folder = folder = find(name, skip)
         self.defaults = folder_defaults(folder)
         with quiet():                                   # diffusers warns of any cast
-            self.vae = load_part(folder, "vae", pretrained(AutoencoderKL)).to(dtype, memory_format=torch.channels_last)
+            self.vae = load_part(folder, "vae", pretrained(AutoencoderKL))
+            fold_upsampling(self.vae.decoder)
+            self.vae.to(dtype, memory_format=torch.channels_last)
         self.vocoder = load_part(folder, "vocoder", load_vocoder).to(dtype)
         self.adapter = None
         conditions = folder / "condition_config.json"
@@ -331,6 +333,24 @@ class Teacher(nn.Module):
         """Waveforms (B, N) at 16 kHz -> latents (B, 4, h, w): the posterior's mean of the peak-normalised clip."""
         image = mel_to_image(log_mel(peak_normalize(wav), self.vocoder.num_mels))
         return self.vae.encode(image.to(self.vae.dtype)).latent_dist.mode().float() * self.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def fold_upsampling(decoder):
+    """Replace each "repeat every pixel, then convolve 3 x 3" of a VAE decoder by the one transposed convolution that equals it.
+
+    Where two of the three taps fall on the same pixel their weights add up, so that 16 taps do for 36.
+    """
+    for block in decoder.up_blocks:
+        for i, layer in enumerate(block.upsamplers or []):
+            w = layer.conv.weight
+            for dim in (2, 3):
+                a, b, c = w.unbind(dim)
+                w = torch.stack([c, b + c, a + b, a], dim)
+            up = block.upsamplers[i] = nn.ConvTranspose2d(w.shape[1], w.shape[0], 4, 2, 1)
+            up.weight.copy_(w.transpose(0, 1))
+            up.bias.copy_(layer.conv.bias)
+    return decoder
 
 
 def folder_defaults(folder):

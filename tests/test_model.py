@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCODER, write_checkpoint
+from diffusers import AutoencoderKL
 from torch.nn import functional as F
 from transformers import CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
@@ -259,3 +260,14 @@ def test_a_length_that_is_no_multiple(plain):
     assert Teacher(plain, seconds=10.24).latent_shape == (4, 8, 128)
     with pytest.raises(InputError, match="0.08 s"):
         Teacher(plain, seconds=1.0)
+
+
+def test_folded_upsampling_is_the_same_decoder(plain):
+    """Against diffusers' own decoder, edges included."""
+    vae, folded = (AutoencoderKL.from_pretrained(plain / "vae").eval() for _ in range(2))
+    model.fold_upsampling(folded.decoder)
+    assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in folded.modules()) == 3
+    z = torch.randn(2, 4, 3, 5)
+    with torch.no_grad():
+        a, b = vae.decode(z).sample, folded.decode(z).sample
+    assert torch.allclose(a, b, atol=1e-5 * a.abs().max()) and a.std() > 1e-3
