@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -101,8 +100,7 @@ def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, t
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    getattr(torch, device.type).synchronize()
 
 
 def clock(f, device, runs):
@@ -124,11 +122,18 @@ def peak(device, dtype):
     return 2 * n ** 3 / min(clock(lambda: a @ a, device, 1)[0] for _ in range(10)) / 1e12
 
 
-def memory(device):
-    """GiB: the largest the GPU has held, or this process on a CPU."""
+def forget(device):
+    """Free what is not held, and start counting the GPU's memory anew."""
+    gc.collect()
+    torch.compiler.reset()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(device):
+    """The most that a GPU has held since forget(), in words."""
+    return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if device.type == "cuda" else "-"
 
 
 def flops(f):
@@ -168,46 +173,48 @@ def bench_sample(folder, device, batch, runs, compile):
     """A table of stages: a plain fp32 script beside what sample.py does by default on this machine."""
     prompts, half = ["a dog barks twice while rain falls"] * batch, sampling_dtype(device)
     plain, unet = Teacher(folder).to(device), UNet2DConditionModel.from_pretrained(Path(folder) / "unet").to(device).eval()
-    plain.vae.to(memory_format=torch.contiguous_format)             # as the libraries leave them
+    plain.vae = AutoencoderKL.from_pretrained(Path(folder) / "vae").to(device).eval()      # as the libraries leave them
     per_stage, x = {}, None
     with torch.no_grad():
-        for name, f in stages(plain, unet, prompts):                # the first run warms up
+        for name, f in stages(plain, unet, prompts[:1]):            # the first run warms up
             def step(f=f, x=x):
                 step.result = f(x)
-            per_stage[name], x = flops(step), step.result
+            per_stage[name], x = batch * flops(step), step.result
     a, exact, a_whole = run_stages(plain, unet, prompts, runs)
-    del unet, plain
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    peaks = peak(device, torch.float32), peak(device, half)
+    del unet, plain, f, step
+    forget(device)
     teacher, unet = Teacher(folder, dtype=half).to(device), load_unet(folder, dtype=half).to(device)
     if compile:
-        unet, teacher.vae.decoder, teacher.vocoder = (torch.compile(m, mode="max-autotune") for m in (unet, teacher.vae.decoder, teacher.vocoder))
+        unet, teacher.vae.decoder = (torch.compile(m, mode="max-autotune") for m in (unet, teacher.vae.decoder))
+        if isinstance(teacher.vocoder, HiFiGAN):
+            teacher.vocoder = torch.compile(teacher.vocoder, mode="max-autotune")
     run_stages(teacher, unet, prompts, 1 if not compile else 3)
     b, fast, b_whole = run_stages(teacher, unet, prompts, runs)
-    peaks, length = (peak(device, torch.float32), peak(device, half)), fast[3].shape[1] / 16000
+    held, length, name = memory(device), fast[3].shape[1] / 16000, "compiled" if compile else "default"
     print(f"{Path(folder).name}: batch {batch} of {length:.2f} s; largest matrix product {peaks[0]:.2f} TFLOP/s in fp32, {peaks[1]:.2f} in {half}")
-    print(f"{'':16s}{'TFLOP':>8s}{'plain fp32':>12s}{'TFLOP/s':>9s}{'of peak':>8s}{'default':>12s}{'TFLOP/s':>9s}{'of peak':>8s}{'faster':>9s}")
+    print(f"{'':16s}{'TFLOP':>8s}{'plain fp32':>12s}{'TFLOP/s':>9s}{'of peak':>8s}{name:>12s}{'TFLOP/s':>9s}{'of peak':>8s}{'faster':>9s}")
     for name, tflop in [*per_stage.items(), ("text to waveform", sum(per_stage.values()))]:
         s, t = (a[name], b[name]) if name in a else (a_whole, b_whole)
         print(f"{name:16s}{tflop:8.3f}{1e3 * s:9.1f} ms{tflop / s:9.3f}{tflop / s / peaks[0]:8.0%}{1e3 * t:9.1f} ms{tflop / t:9.3f}"
               f"{tflop / t / peaks[1]:8.0%}{s / t:8.2f}x")
-    queries = 200 * a["UNet, one pass"] + a["VAE decoder"] + a["vocoder"]
-    print(f"real-time factor {a_whole / length / batch:.3f} plain, {b_whole / length / batch:.3f} by default ({length * batch / b_whole:.1f} x real time); "
-          f"the teacher's 200 passes, computed from the plain column: {queries / b_whole:.0f} x the default's time; peak memory {memory(device):.1f} GiB")
+    queries = 200 * b["UNet, one pass"] + b["VAE decoder"] + b["vocoder"]
+    print(f"real-time factor {a_whole / length / batch:.3f} plain, {b_whole / length / batch:.3f} {name} ({length * batch / b_whole:.1f} x real time); "
+          f"the teacher's 200 passes, computed from the {name} column, take {queries / b_whole:.0f} x the time; peak GPU memory {held} GiB")
     noise = exact[3] - fast[3]
-    print(f"the default's error against fp32: latents {((exact[1] - fast[1]).std() / exact[1].std()).item():.2%} of their spread, log-mel "
+    print(f"error of the {name} path against fp32: latents {((exact[1] - fast[1]).std() / exact[1].std()).item():.2%} of their spread, log-mel "
           f"{(exact[2] - fast[2]).abs().mean().item():.4f} in the mean, waveform {10 * (exact[3].square().sum() / noise.square().sum()).log10().item():.1f} dB "
           "of signal to noise" + (" (of phases that Griffin-Lim guesses)" if Path(folder) == HERE / "tiny/teacher" else " (random weights: see the tiny table for trained ones)") + "\n")
 
 
-def bench_shell(folder, runs):
+def bench_shell(folder, device, runs):
     """sample.py from the shell: what is not the model's work, against importing the libraries and reading the weights alone."""
     with tempfile.TemporaryDirectory() as out:
         link = Path(out) / "model"                                  # a complete one-step model: the teacher itself
         link.symlink_to(folder)
         bare = ("import torch, sys, pathlib\nfrom diffusers import UNet2DConditionModel, AutoencoderKL\nfrom transformers import CLIPTextModel, "
                 "AutoTokenizer\nfrom safetensors.torch import load_file\nfor f in pathlib.Path(sys.argv[1]).rglob('diffusion*.safetensors'): load_file(f)")
-        command = [sys.executable, str(HERE / "sample.py"), "--student", str(link), "--prompt", "a dog barks", "--overwrite", "--out", out]
+        command = [sys.executable, str(HERE / "sample.py"), "--student", str(link), "--prompt", "a dog barks", "--overwrite", "--out", out, "--device", str(device)]
         times = []
         for _ in range(runs):
             started = time.perf_counter()
@@ -289,31 +296,32 @@ def pass_tflop(folder):
 def bench_train(folder, device, steps, batch, accumulate):
     """A whole optimizer step in the paper's setting (both teachers guided, LoRA on q and v), beside the plain loop."""
     guidance = 7.5
-    flags = ("--batch_size", batch, "--grad_accum", accumulate, "--device", device.type, "--guidance", guidance, "--lora_guidance", guidance,
+    flags = ("--batch_size", batch, "--grad_accum", accumulate, "--device", device, "--guidance", guidance, "--lora_guidance", guidance,
              "--lora_targets", "qv", "--lora_rank", 64, "--lora_alpha", 128)
     tflop = 9 * pass_tflop(folder)                                  # student 3, teacher 2, LoRA teacher 2, its update 2
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     best, size = peak(device, dtype), batch * accumulate
     print(f"{Path(folder).name}: a training step of {batch} x {accumulate}, {tflop:.4f} TFLOP a sample; largest matrix product {best:.2f} TFLOP/s in {dtype}")
-    print(f"{'':24s}{'samples/s':>10s}{'s a step':>10s}{'of peak':>9s}{'GiB':>7s}{'faster':>9s}")
+    print(f"{'':24s}{'samples/s':>10s}{'s a step':>10s}{'of peak':>9s}{'GPU GiB':>9s}{'faster':>9s}")
     def row(name, f):
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        rate = f()
-        print(f"{name:24s}{rate:10.2f}{size / rate:10.3f}{rate * tflop / best:9.0%}{memory(device):7.1f}{rate / rates[0] if rates else 1:8.2f}x", flush=True)
-        rates.append(rate)
+        forget(device)
+        try:
+            rates.append(f())
+        except ImportError:
+            print(f"{name:24s} not measured: pip install peft")
+        except torch.OutOfMemoryError:
+            print(f"{name:24s} does not fit")
+        else:
+            print(f"{name:24s}{rates[-1]:10.2f}{size / rates[-1]:10.3f}{rates[-1] * tflop / best:9.0%}{memory(device):>9s}{rates[-1] / rates[0]:8.2f}x", flush=True)
     rates = []
-    try:
-        row("plain loop, PEFT", lambda: plain_loop(folder, device, steps, batch, accumulate, guidance))
-    except ImportError:
-        print("plain loop, PEFT: not measured (pip install peft)")
+    row("plain loop, PEFT", lambda: plain_loop(folder, device, steps, batch, accumulate, guidance))
     row("train.py", lambda: ours(folder, steps, *flags))
     if device.type == "cuda":
         row("train.py --compile", lambda: ours(folder, steps, *flags, "--compile"))
+    if not rates:
+        return
     hours = 20000 * size / rates[-1] / 3600
-    print(f"20,000 steps at the last rate: {hours:.1f} h" + (f", {40 / hours:.1f} x faster than the paper's 40 h" if batch * accumulate == 64 else ""))
+    print(f"20,000 steps at the last rate: {hours:.1f} h" + (f"; the paper: 40 h on one RTX 5880 Ada, {40 / hours:.1f} x as long" if tflop > 1 and size == 64 else ""))
     teacher = Teacher(folder).to(device)
     wait, _ = clock(lambda: (data.draw_batch(range(batch), 0, teacher.latent_shape, 20, 981, teacher.T), teacher.encode_text(["a dog barks"] * batch)), device, 3)
     print(f"random numbers and text encoding: {wait * accumulate / (size / rates[-1]):.1%} of a step\n")
@@ -340,11 +348,13 @@ def bench_memory(folder, device):
     print(f"{'batch':>6s}{'checkpointing':>15s}{'GiB':>8s}{'samples/s':>11s}")
     for flags in ((), ("--checkpointing",)):
         for batch in (1, 2, 4, 8, 16, 32):
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            rate = ours(folder, 3, "--batch_size", batch, "--grad_accum", 1, *flags)
-            print(f"{batch:6d}{'yes' if flags else 'no':>15s}{memory(device):8.1f}{rate:11.2f}", flush=True)
+            forget(device)
+            try:
+                rate = ours(folder, 3, "--batch_size", batch, "--grad_accum", 1, "--device", device, *flags)
+            except torch.OutOfMemoryError:
+                print(f"{batch:6d}{'yes' if flags else 'no':>15s} does not fit")
+                break
+            print(f"{batch:6d}{'yes' if flags else 'no':>15s}{memory(device):>8s}{rate:11.2f}", flush=True)
 
 
 def bench_scale(folder, device, runs):
@@ -356,7 +366,7 @@ def bench_scale(folder, device, runs):
         run_stages(teacher, unet, ["a dog"] * batch, 1)
         return run_stages(teacher, unet, ["a dog"] * batch, runs)[2] / batch
     def sample(rank, targets):
-        return 1 / ours(folder, runs, "--lora_rank", rank, "--lora_alpha", rank, "--lora_targets", targets, "--device", device.type)
+        return 1 / ours(folder, runs, "--lora_rank", rank, "--lora_alpha", rank, "--lora_targets", targets, "--device", device)
     for title, rows in {
             "seconds a clip, by batch": {b: lambda b=b: clip(b, 1) for b in (1, 4, 16, 64)},
             "seconds a clip, by length": {f"{seconds * k:g} s": lambda k=k: clip(1, k) for k in (0.25, 0.5, 1, 2)},
@@ -382,6 +392,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     device = pick_device(args.device)
     gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False                     # or the fp32 that errors are judged by is as coarse as fp16
     name = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{device.type}: {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -397,7 +410,7 @@ def main(argv=None):
                 for batch in args.batch_size or ((1, 16) if gpu else (1,)):
                     bench_sample(teacher, device, batch, runs, args.compile)
                 if size == "tiny":
-                    bench_shell(teacher, min(runs, 3))
+                    bench_shell(teacher, device, min(runs, 3))
             if args.what in ("all", "train") and (gpu or size == "tiny"):
                 bench_train(teacher, device, runs, (args.batch_size or [16])[0], args.grad_accum or (4 if size == "full" else 1))
                 if size == "tiny" and not gpu:

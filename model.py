@@ -460,7 +460,7 @@ def invert(latents, x0, z_T, steps=30, rate=0.1):
     with torch.enable_grad():
         for _ in range(steps):
             error = (latents(z) - x0).square().mean((1, 2, 3))
-            z.grad, = torch.autograd.grad(error.sum(), z)
+            z.grad, = torch.autograd.grad(1024 * error.sum(), z)   # Adam does not care, and fp16 would round small ones to zero
             optimizer.step()
     return z.detach(), error.detach()
 

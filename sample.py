@@ -53,27 +53,26 @@ def parse_args(argv=None):
         raise InputError("--n must be at least 1")
     if not 0 <= args.strength <= 1 or args.length is not None and not 0.16 <= args.length <= 30:
         raise InputError("--strength must be between 0 and 1, --seconds between 0.16 and 30")
-    if args.init and args.teacher_steps:
-        raise InputError("--init needs a one-step student, not --teacher_steps")
+    if args.init and args.teacher_steps or args.init_prompt and not args.init:
+        raise InputError("--init needs a one-step student, not --teacher_steps; and --init_prompt needs --init")
     if args.beside and not args.html:
         raise InputError("--beside goes with --html")
     check_system(args)
-    if args.prompts:
-        args.prompt += read_captions(args.prompts)[0]
-    args.prompt = list(dict.fromkeys(" ".join(p.split()) for p in args.prompt))
-    args.parsed = {p: parse_weights(p) for p in args.prompt}
+    given = [(p, "--prompt") for p in args.prompt] + [(p, args.prompts) for p in (read_captions(args.prompts)[0] if args.prompts else [])]
+    args.parsed = {prompt: parse_weights(prompt, where) for p, where in given for prompt in [" ".join(p.split())]}
+    args.prompt = list(args.parsed)
     if not args.prompt or any(not plain.strip() for plain, _ in args.parsed.values()):
         raise InputError('an empty prompt; pass --prompt "what it shall sound like" or --prompts FILE')
     return args
 
 
-def parse_weights(prompt):
+def parse_weights(prompt, where="--prompt"):
     r"""A prompt with weights, "a (loud dog:1.5) barks", -> ("a loud dog barks", the weight of each character).
 
     Brackets nest and multiply. A bracket, colon or backslash after a backslash is itself. InputError points at what is broken.
     """
     def broken(i, why):
-        raise InputError(f"--prompt: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look like (rain:1.5), and "
+        raise InputError(f"{where}: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look like (rain:1.5), and "
                          r"plain brackets like \( and \)")
     plain, weights, opened, i = [], [], [], 0
     while i < len(prompt):
@@ -89,6 +88,8 @@ def parse_weights(prompt):
                 broken(i, "a bracket without its number")
             start, _ = opened.pop()
             weights[start:] = [w * float(found[1]) for w in weights[start:]]
+            if max(weights, default=0) > 100:           # fp16 ends at 65504
+                broken(i, "a weight above 100")
             i = found.end() - 1
         elif prompt[i] == ")":
             broken(i, "a bracket that nothing opens")
@@ -213,6 +214,9 @@ def listen(folders, blind):
         if not (folder / "manifest.json").exists():
             raise InputError(f"{folder}: holds no manifest.json of sample.py")
         clips = read_json(folder / "manifest.json")
+        if not isinstance(clips, list) or folder.resolve().name in systems:
+            raise InputError(f"{folder}: " + ("its manifest.json is not sample.py's" if not isinstance(clips, list) else
+                                              "another folder has the same name, which names the system; rename one"))
         systems.append(folder.resolve().name)
         for clip in clips:
             def embed(ending, kind):
@@ -221,11 +225,11 @@ def listen(folders, blind):
                     raise InputError(f"{path}: is missing, though {folder / 'manifest.json'} lists it; make it again")
                 return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
             row = rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})
-            row[len(systems) - 1] = {"wav": embed(".wav", "audio/wav"), "png": embed(".png", "image/png"),
+            row[len(systems) - 1] = {"wav": embed(".wav", "audio/wav"), "png": None if blind else embed(".png", "image/png"),
                                      "seconds": soundfile.info(folder / clip["file"]).duration}
     known = {"blind": blind, "systems": systems, "rows": [{"prompt": p, "seed": s, "k": k, "clips": clips} for (p, s, k), clips in rows.items()]}
     template = (Path(__file__).resolve().parent / "assets/listen.html").read_text("utf-8")
-    return template.replace("/*DATA*/", json.dumps(known).replace("</", "<\\/"))
+    return template.replace("/*DATA*/", json.dumps(known).replace("<", "\\u003c"))
 
 
 def main(argv=None):
@@ -236,13 +240,17 @@ def main(argv=None):
             for path in (out / f"{name}.wav", out / f"{name}.png"):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
+    listen(args.beside, False)                          # before the work: are they there?
     teacher, latents, system = open_system(args)
-    for line in teacher.check([plain for plain, _ in args.parsed.values()]):
+    for line in teacher.check([*(plain for plain, _ in args.parsed.values()), *filter(None, [args.init_prompt])]):
         tqdm.write(line)
     start = invert_recording(args.init, args.init_prompt or "", teacher, latents, args.seed) if args.init else None
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.json"
-    rows = {row["file"]: row for row in (read_json(manifest) if manifest.exists() else [])}
+    rows = read_json(manifest) if manifest.exists() else []
+    if not isinstance(rows, list):
+        raise InputError(f"{manifest}: is not sample.py's; choose another --out")
+    rows = {row["file"]: row for row in rows}
     jobs, started = list(names), time.time()
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):

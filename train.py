@@ -13,6 +13,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -149,6 +151,7 @@ def read_checkpoint(path, config, digest):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     rank, ranks, device, amp = setup(args)
     captions, report = data.read_captions(args.captions, args.caption_column, args.max_captions)
@@ -218,7 +221,7 @@ def main(argv=None):
         write(out / "student/diffusion_pytorch_model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
         write(out / "student/config.json", lambda path: path.write_text(student.to_json_string()))
         write(out / "student/swiftaudio.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
-        write(out / "student/README.md", lambda path: path.write_text(model_card(args.teacher, step)))
+        write(out / "student/README.md", lambda path: path.write_text(model_card(args.teacher, step, argv)))
         save_lora(unet, out / "lora", args.lora_rank, args.lora_alpha)
 
     if first_step >= args.max_steps:                                # finished, but perhaps killed between two files
@@ -307,20 +310,20 @@ def main(argv=None):
     if args.eval_clips and rank == 0:
         from tiny import score
         table = score.report(teacher, out / "student", args.eval_clips)
-        card = model_card(args.teacher, max(first_step, args.max_steps), table, args.eval_clips)
+        card = model_card(args.teacher, max(first_step, args.max_steps), argv, table, args.eval_clips)
         write(out / "student/README.md", lambda path: path.write_text(card))
 
 
-def model_card(teacher, step, table=None, clips=0):
+def model_card(teacher, step, argv, table=None, clips=0):
     """What a student's README.md on the hub says of it."""
-    name = teacher if teacher.startswith("auffusion/") or teacher == "tiny" else Path(teacher).name
-    licence = "mit" if teacher == "tiny" else "cc-by-nc-sa-4.0" if "auffusion" in name.lower() else "other"
+    name = Path(teacher).name if os.path.isdir(teacher) else teacher
+    licence = "mit" if teacher == "tiny" else "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
     metrics = f"{clips} held-out captions of the tiny world: " + "; ".join(f"{system} " + ", ".join(f"{k} {v:.2f}" for k, v in row.items() if v)
                                                                            for system, row in table.items()) if table else "not measured; see eval.py"
     base = f"base_model: {name}\n" if "/" in name else ""
     return (f"---\nlicense: {licence}\n{base}pipeline_tag: text-to-audio\n---\n\nA one-step text-to-audio student of {name}, made with SwiftAudio "
             f"(arXiv 2606.31259): a clip in one UNet pass.\n\n- Sample: `python sample.py --student FOLDER --prompt \"a dog barks\"`\n"
-            f"- Trained: `python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, {step} steps\n- Licence: that of the teacher, of which "
+            f"- Trained: `python train.py {shlex.join(argv)}`, {step} steps\n- Licence: that of the teacher, of which "
             f"this is an adaptation\n- Metrics: {metrics}\n")
 
 

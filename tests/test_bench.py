@@ -21,8 +21,9 @@ def test_the_table_of_sampling(plain, capsys):
     bench.bench_sample(plain, CPU, 2, 1, False)
     said = capsys.readouterr().out
     rows = {line[:16].strip(): line[16:].split() for line in said.splitlines()}
-    stages = [float(rows[name][0]) for name in ("text", "UNet, one pass", "VAE decoder", "vocoder")]
-    assert abs(sum(stages) - float(rows["text to waveform"][0])) < 0.003 and "batch 2 of 0.64 s" in said
+    for name in ("UNet, one pass", "VAE decoder", "vocoder", "text to waveform"):       # TFLOP, ms "ms" TFLOP/s %, twice, ratio
+        row = rows[name]
+        assert float(row[-1][:-1]) == pytest.approx(float(row[1]) / float(row[5]), rel=0.2) and "batch 2 of 0.64 s" in said
     assert float(re.search(r"latents ([\d.]+)%", said)[1]) < 50
 
 

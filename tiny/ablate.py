@@ -86,6 +86,8 @@ def plot(path, found):
         lines.append(f'<text x="52" y="{y(v) + 4:.0f}" text-anchor="end">{v}</text><path d="M60 {y(v):.0f}H480" stroke="#eee"/>')
     points = []
     for name, rows in found.items():
+        if name.startswith("real"):
+            continue
         steps = re.match(r"teacher, (\d+) step", name)
         passes = 1 if not steps or steps[1] == "1" else 2 * int(steps[1])       # guidance doubles them; a single step has none
         low, mean, high = (f([row["FD"] for row in rows]) for f in (min, np.mean, max))
@@ -123,7 +125,7 @@ def main(argv=None):
             if not args.only or name in args.only:
                 found[name] = [distil(flags, args, seed, teacher, held) for seed in range(args.seeds)]
                 print(f"| {name} | {spread(found[name])} |", flush=True)
-    if args.figure:
+    if args.figure and args.table == "queries":
         plot(args.figure, found)
     print(f"\nN = {len(held)} held-out captions, {args.seeds} seeds" + ("" if args.table == "queries" else f", {args.steps} steps"))
     print("| | FD | KL | IS |\n|---|---|---|---|")

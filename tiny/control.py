@@ -31,7 +31,7 @@ class System:
     """A tiny student: captions with weights to log-mels, and how likely the classifier hears an event in them."""
 
     def __init__(self, student, seconds=None):
-        args = sample.parse_args(["--student", student, "--prompt", "-", *(["--seconds", str(seconds)] if seconds else [])])
+        args = sample.parse_args(["--student", student, "--prompt", "-", "--device", "cpu", *(["--seconds", str(seconds)] if seconds else [])])
         self.teacher, self.latents, _ = sample.open_system(args)
         self.classifier = score.load_classifier()
 
