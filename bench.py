@@ -191,20 +191,20 @@ def bench_sample(folder, device, batch, runs, compile):
             teacher.vocoder = torch.compile(teacher.vocoder, mode="max-autotune")
     run_stages(teacher, unet, prompts, 1 if not compile else 3)
     b, fast, b_whole = run_stages(teacher, unet, prompts, runs)
-    held, length, name = memory(device), fast[3].shape[1] / 16000, "compiled" if compile else "default"
+    held, length, ours_is = memory(device), fast[3].shape[1] / 16000, "compiled" if compile else "default"
     print(f"{Path(folder).name}: batch {batch} of {length:.2f} s; largest matrix product {peaks[0]:.2f} TFLOP/s in fp32, {peaks[1]:.2f} in {half}")
-    print(f"{'':16s}{'TFLOP':>8s}{'plain fp32':>12s}{'TFLOP/s':>9s}{'of peak':>8s}{name:>12s}{'TFLOP/s':>9s}{'of peak':>8s}{'faster':>9s}")
+    print(f"{'':16s}{'TFLOP':>8s}{'plain fp32':>12s}{'TFLOP/s':>9s}{'of peak':>8s}{ours_is:>12s}{'TFLOP/s':>9s}{'of peak':>8s}{'faster':>9s}")
     for name, tflop in [*per_stage.items(), ("text to waveform", sum(per_stage.values()))]:
         s, t = (a[name], b[name]) if name in a else (a_whole, b_whole)
         print(f"{name:16s}{tflop:8.3f}{1e3 * s:9.1f} ms{tflop / s:9.3f}{tflop / s / peaks[0]:8.0%}{1e3 * t:9.1f} ms{tflop / t:9.3f}"
               f"{tflop / t / peaks[1]:8.0%}{s / t:8.2f}x")
-    queries = 200 * b["UNet, one pass"] + b["VAE decoder"] + b["vocoder"]
-    print(f"real-time factor {a_whole / length / batch:.3f} plain, {b_whole / length / batch:.3f} {name} ({length * batch / b_whole:.1f} x real time); "
-          f"the teacher's 200 passes, computed from the {name} column, take {queries / b_whole:.0f} x the time; peak GPU memory {held} GiB")
+    queries = [200 * row["UNet, one pass"] + row["VAE decoder"] + row["vocoder"] for row in (b, a)]
+    print(f"real-time factor {a_whole / length / batch:.3f} plain, {b_whole / length / batch:.3f} {ours_is} ({length * batch / b_whole:.1f} x real time); the teacher's "
+          f"200 passes, computed from the columns, take {queries[0] / b_whole:.0f} x the {ours_is} time, in plain fp32 {queries[1] / b_whole:.0f} x; peak GPU memory {held} GiB")
     noise = exact[3] - fast[3]
-    print(f"error of the {name} path against fp32: latents {((exact[1] - fast[1]).std() / exact[1].std()).item():.2%} of their spread, log-mel "
-          f"{(exact[2] - fast[2]).abs().mean().item():.4f} in the mean, waveform {10 * (exact[3].square().sum() / noise.square().sum()).log10().item():.1f} dB "
-          "of signal to noise" + (" (of phases that Griffin-Lim guesses)" if Path(folder) == HERE / "tiny/teacher" else " (random weights: see the tiny table for trained ones)") + "\n")
+    print(f"error of the {ours_is} path against fp32: latents {((exact[1] - fast[1]).std() / exact[1].std()).item():.2%} of their spread, log-mel "
+          f"{(exact[2] - fast[2]).abs().mean().item():.4f} in the mean, waveform {10 * (exact[3].square().sum() / noise.square().sum()).log10().item():.1f} dB of signal to "
+          "noise" + (" (of phases that Griffin-Lim guesses)" if Path(folder) == HERE / "tiny/teacher" else " (random weights: see the tiny table for trained ones)") + "\n")
 
 
 def bench_shell(folder, device, runs):
