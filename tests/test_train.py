@@ -153,7 +153,8 @@ def test_the_adapter_layout_trains(adapter, captions, tmp_path):
     assert go(adapter, captions, tmp_path, "--max_steps", 1)["step"] == 1
 
 
-@pytest.mark.parametrize("backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("aot_eager", "inductor"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compile_changes_nothing(backend, plain, captions, tmp_path, monkeypatch):
     """The eager backends trace as inductor does (adapters that go on and off, gradients that come and go) without its minutes of code generation."""
     expected = go(plain, captions, tmp_path / "b", "--max_steps", 2, "--lr", 1e-5)
