@@ -304,6 +304,7 @@ def main(argv=None):
             started, logged = time.time(), step + 1
     bar.close()
     if ranks > 1:
+        dist.barrier()                                              # none leaves while another still saves
         dist.destroy_process_group()
     say(f"student: {out / 'student'} (step {max(first_step, args.max_steps)}); hear it: python sample.py --student "
         f"{out / 'student'} --prompt \"...\"")
