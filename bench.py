@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import data
 import train
-from losses import diffuse
+from losses import at, diffuse
 from model import HiFiGAN, Teacher, denoiser, load_unet, one_step, pick_device, quiet, sampling_dtype
 
 HERE = Path(__file__).resolve().parent
@@ -210,11 +210,9 @@ def bench_sample(folder, device, batch, runs, compile):
 def bench_shell(folder, device, runs):
     """sample.py from the shell: what is not the model's work, against importing the libraries and reading the weights alone."""
     with tempfile.TemporaryDirectory() as out:
-        link = Path(out) / "model"                                  # a complete one-step model: the teacher itself
-        link.symlink_to(folder)
         bare = ("import torch, sys, pathlib\nfrom diffusers import UNet2DConditionModel, AutoencoderKL\nfrom transformers import CLIPTextModel, "
                 "AutoTokenizer\nfrom safetensors.torch import load_file\nfor f in pathlib.Path(sys.argv[1]).rglob('diffusion*.safetensors'): load_file(f)")
-        command = [sys.executable, str(HERE / "sample.py"), "--student", str(link), "--prompt", "a dog barks", "--overwrite", "--out", out, "--device", str(device)]
+        command = [sys.executable, str(HERE / "sample.py"), "--student", str(folder), "--prompt", "a dog barks", "--overwrite", "--out", out, "--device", str(device)]
         times = []
         for _ in range(runs):
             started = time.perf_counter()
@@ -230,6 +228,12 @@ def bench_shell(folder, device, runs):
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+def rate(out):
+    """Samples per second of a run that logged every step, after two steps of warm-up."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["samples_per_s"] for line in lines[2:])
+
+
 def ours(folder, steps, *flags):
     """Samples per second of train.py itself, after two steps of warm-up; nothing is saved."""
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
@@ -238,8 +242,7 @@ def ours(folder, steps, *flags):
         captions.write_text("caption\n" + "".join(f"a dog barks {i} times\n" for i in range(64)))
         train.main(["--teacher", str(folder), "--captions", str(captions), "--out_dir", out, "--eval_clips", "0", "--max_steps", str(steps + 2),
                     "--log_every", "1", *map(str, flags)])
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["samples_per_s"] for line in lines[2:])
+        return rate(out)
 
 
 def plain_loop(folder, device, steps, batch, accumulate, guidance):
@@ -268,12 +271,12 @@ def plain_loop(folder, device, steps, batch, accumulate, guidance):
                         switch()
                         cond, uncond = unet(x_t, t, text).sample, unet(x_t, t, null).sample
                         scores.append(uncond + guidance * (cond - uncond))
-                    target = x0 - sigma[t].view(-1, 1, 1, 1) ** 2 * (scores[0] - scores[1])
+                    target = x0 - at(sigma, t) ** 2 * (scores[0] - scores[1])
                 vsd = 0.5 * (x0.float() - target.float()).square().mean()
             (vsd / accumulate).backward()
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 fake = unet(diffuse(x0.detach(), t, eps, alpha, sigma), t, text).sample
-                lora = (alpha[t].view(-1, 1, 1, 1) * (fake - eps)).square().mean()
+                lora = (at(alpha, t) * (fake - eps)).square().mean()
             (lora / accumulate).backward()
         for optimizer, parameters in zip(optimizers, (student.parameters(), adapters)):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -336,8 +339,7 @@ def bench_processes(folder):
                        "--teacher", str(folder), "--device", "cpu", "--batch_size", "16", "--grad_accum", str(4 // ranks), "--max_steps", "4", "--log_every",
                        "1", "--eval_clips", "0", "--out_dir", out, "--no-decay"]
             subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-            rates.append(statistics.median(line["samples_per_s"] for line in lines[1:]))
+            rates.append(rate(out))
     print(f"two processes: {rates[1] / rates[0]:.2f} x the rate of one, a thread each\n")
 
 
@@ -350,11 +352,11 @@ def bench_memory(folder, device):
         for batch in (1, 2, 4, 8, 16, 32):
             forget(device)
             try:
-                rate = ours(folder, 3, "--batch_size", batch, "--grad_accum", 1, "--device", device, *flags)
+                samples_per_s = ours(folder, 3, "--batch_size", batch, "--grad_accum", 1, "--device", device, *flags)
             except torch.OutOfMemoryError:
                 print(f"{batch:6d}{'yes' if flags else 'no':>15s} does not fit")
                 break
-            print(f"{batch:6d}{'yes' if flags else 'no':>15s}{memory(device):>8s}{rate:11.2f}", flush=True)
+            print(f"{batch:6d}{'yes' if flags else 'no':>15s}{memory(device):>8s}{samples_per_s:11.2f}", flush=True)
 
 
 def bench_scale(folder, device, runs):
@@ -401,11 +403,9 @@ def main(argv=None):
         for size in ("full", "tiny"):
             if args.size not in ("both", size) or args.what == "scale" and args.size == "both" and (size == "full") != gpu:
                 continue
-            teacher, runs = HERE / "tiny/teacher", args.runs or (10 if gpu else 5)
-            if size == "full":
-                runs = args.runs or (10 if gpu else 1)
-                if not (args.what == "train" and not gpu):          # a full-size training step on a CPU takes over a minute a sample
-                    teacher = write_teacher(Path(folder) / "Auffusion's size", **FULL)
+            teacher, runs = HERE / "tiny/teacher", args.runs or (10 if gpu else 5 if size == "tiny" else 1)
+            if size == "full" and (gpu or args.what != "train"):    # a full-size training step on a CPU takes over a minute a sample
+                teacher = write_teacher(Path(folder) / "Auffusion's size", **FULL)
             if args.what in ("all", "sample"):
                 for batch in args.batch_size or ((1, 16) if gpu else (1,)):
                     bench_sample(teacher, device, batch, runs, args.compile)

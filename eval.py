@@ -414,13 +414,7 @@ def main(argv=None):
             continue
         add("--captions", required=True, help="csv or json lines")
         add("--out", type=Path, required=True, help="folder for clips, manifest and scores.json")
-        add("--student", default="out/student", help="folder or hub name")
-        add("--teacher", help="hub name, folder or tiny")
-        add("--teacher_steps", type=int, help="score the teacher instead, in so many steps")
-        add("--guidance", type=float, help="the teacher's guidance (default: the folder's own, else 7.5)")
-        add("--seed", type=int, default=0, help="of the noise, and of the crops")
-        add("--batch_size", type=int, default=8, help="clips at a time")
-        add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
+        sample.add_system(add)
         if name == "audiocaps":
             add("--which", type=int, default=0, help="which of a clip's captions, from 0")
     add = commands.add_parser("table").add_argument

@@ -350,7 +350,6 @@ def fold_upsampling(decoder):
             up = block.upsamplers[i] = nn.ConvTranspose2d(w.shape[1], w.shape[0], 4, 2, 1)
             up.weight.copy_(w.transpose(0, 1))
             up.bias.copy_(layer.conv.bias)
-    return decoder
 
 
 def folder_defaults(folder):

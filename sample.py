@@ -26,15 +26,23 @@ from model import (LOG_MAX, LOG_MIN, RATE, Teacher, denoiser, find, invert, load
                    sampling_dtype)
 
 
+def add_system(add):
+    """The flags that say what makes clips, for here and eval.py; --device is its caller's."""
+    add("--student", default="out/student", help="folder that train.py wrote, or a complete one-step model: folder or hub name")
+    add("--teacher", help="hub name, folder or tiny (default: the one the student was distilled from)")
+    add("--teacher_steps", type=int, help="sample the teacher instead, in so many steps")
+    add("--guidance", type=float, help="the teacher's classifier-free guidance (default: the folder's own, else 7.5)")
+    add("--seed", type=int, default=0, help="of the noise (the same for every prompt), and of what else is drawn")
+    add("--batch_size", type=int, default=8, help="clips at a time")
+    add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--prompt", nargs="+", action="extend", default=[], help="one or more")
     add("--prompts", metavar="FILE", help="file of prompts: txt (one a line), csv, tsv, json or jsonl")
-    add("--student", default="out/student", help="folder that train.py wrote, or a complete one-step model: folder or hub name")
-    add("--teacher", help="hub name, folder or tiny (default: the one the student was distilled from)")
-    add("--teacher_steps", type=int, help="sample the teacher instead, in so many steps")
-    add("--guidance", type=float, help="the teacher's classifier-free guidance (default: the folder's own, else 7.5)")
+    add_system(add)
     add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
     add("--seconds", dest="length", type=float, metavar="S", help="length (default: that of training, at which it is best)")
     add("--init", metavar="WAV", help="edit this recording: start from noise that makes it")
@@ -43,11 +51,8 @@ def parse_args(argv=None):
     add("--html", nargs="?", const="page", choices=("page", "blind"), help="write OUT/listen.html; blind: a listening test")
     add("--beside", nargs="+", default=[], metavar="DIR", help="for --html: folders of other systems, a column each")
     add("--overwrite", action="store_true", help="replace files that exist")
-    add("--seed", type=int, default=0, help="of the noise; clip k of a seed has the same noise for every prompt")
     add("--n", type=int, default=1, help="clips for each prompt")
-    add("--batch_size", type=int, default=8, help="clips at a time")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
     args = p.parse_args(argv)
     if args.n < 1:
         raise InputError("--n must be at least 1")
@@ -207,27 +212,43 @@ def invert_recording(path, prompt, teacher, latents, seed):
     return z
 
 
+def manifests(folders):
+    """{folder: the rows of its manifest.json} of folders of sample.py that can stand side by side, with all their files there."""
+    found = {}
+    for folder in map(Path, folders):
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise InputError(f"{folder}: holds no manifest.json of sample.py")
+        if folder.resolve().name in {other.resolve().name for other in found}:
+            raise InputError(f"{folder}: another folder has the same name, which names the system; rename one")
+        found[folder] = read_manifest(path)
+        for clip in found[folder]:
+            for file in ((folder / clip["file"]).with_suffix(ending) for ending in (".wav", ".png")):
+                if not file.exists():
+                    raise InputError(f"{file}: is missing, though {path} lists it; make it again")
+    return found
+
+
+def read_manifest(path):
+    rows = read_json(path) if path.exists() else []
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: is not sample.py's; choose another folder")
+    return rows
+
+
 def listen(folders, blind):
     """One self-contained page of the clips in folders of sample.py, a column a folder, a row a (prompt, seed, clip)."""
-    rows, systems = {}, []
-    for folder in map(Path, folders):
-        if not (folder / "manifest.json").exists():
-            raise InputError(f"{folder}: holds no manifest.json of sample.py")
-        clips = read_json(folder / "manifest.json")
-        if not isinstance(clips, list) or folder.resolve().name in systems:
-            raise InputError(f"{folder}: " + ("its manifest.json is not sample.py's" if not isinstance(clips, list) else
-                                              "another folder has the same name, which names the system; rename one"))
-        systems.append(folder.resolve().name)
+    def embed(path, kind):
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    rows, found = {}, manifests(folders)
+    for column, (folder, clips) in enumerate(found.items()):
         for clip in clips:
-            def embed(ending, kind):
-                path = (folder / clip["file"]).with_suffix(ending)
-                if not path.exists():
-                    raise InputError(f"{path}: is missing, though {folder / 'manifest.json'} lists it; make it again")
-                return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-            row = rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})
-            row[len(systems) - 1] = {"wav": embed(".wav", "audio/wav"), "png": None if blind else embed(".png", "image/png"),
-                                     "seconds": soundfile.info(folder / clip["file"]).duration}
-    known = {"blind": blind, "systems": systems, "rows": [{"prompt": p, "seed": s, "k": k, "clips": clips} for (p, s, k), clips in rows.items()]}
+            wav = folder / clip["file"]
+            rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})[column] = {
+                "wav": embed(wav, "audio/wav"), "png": None if blind else embed(wav.with_suffix(".png"), "image/png"),
+                "seconds": soundfile.info(wav).duration}
+    known = {"blind": blind, "systems": [folder.resolve().name for folder in found],
+             "rows": [{"prompt": p, "seed": s, "k": k, "clips": clips} for (p, s, k), clips in rows.items()]}
     template = (Path(__file__).resolve().parent / "assets/listen.html").read_text("utf-8")
     return template.replace("/*DATA*/", json.dumps(known).replace("<", "\\u003c"))
 
@@ -240,17 +261,14 @@ def main(argv=None):
             for path in (out / f"{name}.wav", out / f"{name}.png"):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
-    listen(args.beside, False)                          # before the work: are they there?
+    manifests(args.beside)                              # before the work: are they there?
     teacher, latents, system = open_system(args)
     for line in teacher.check([*(plain for plain, _ in args.parsed.values()), *filter(None, [args.init_prompt])]):
         tqdm.write(line)
     start = invert_recording(args.init, args.init_prompt or "", teacher, latents, args.seed) if args.init else None
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.json"
-    rows = read_json(manifest) if manifest.exists() else []
-    if not isinstance(rows, list):
-        raise InputError(f"{manifest}: is not sample.py's; choose another --out")
-    rows = {row["file"]: row for row in rows}
+    rows = {row["file"]: row for row in read_manifest(manifest)}
     jobs, started = list(names), time.time()
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):

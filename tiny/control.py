@@ -63,12 +63,14 @@ def sweep(student, figure):
     z_T, results = system.noise(len(rows)), {}
     print("| weight | event of that weight | the other event |\n|---|---|---|")
     for w in (0, 0.5, 1, 1.5, 2, 3, 4):
-        mels = results[w] = system.mels([f"({a}:{w}) {join} {b}" for _, a, join, _, b in rows], z_T)
-        print(f"| {w} | {system.heard(mels, [r[0] for r in rows]).mean():.2f} | {system.heard(mels, [r[3] for r in rows]).mean():.2f} |")
+        mels = system.mels([f"({a}:{w}) {join} {b}" for _, a, join, _, b in rows], z_T)
+        first, second = (system.heard(mels, [r[k] for r in rows]) for k in (0, 3))
+        results[w] = mels, first
+        print(f"| {w} | {first.mean():.2f} | {second.mean():.2f} |")
     if figure:
-        k = int((system.heard(results[2], [r[0] for r in rows]) - system.heard(results[0], [r[0] for r in rows])).argmax())
+        k = int((results[2][1] - results[0][1]).argmax())
         print(f"{figure}: weight 0, 1, 2, 4 of the first event in {rows[k][1:3] + rows[k][4:]}")
-        show(*(results[w][k] for w in (0, 1, 2, 4))).save(figure)
+        show(*(results[w][0][k] for w in (0, 1, 2, 4))).save(figure)
 
 
 def refine(student, figure):
@@ -123,14 +125,14 @@ def length(student, figure):
     print("| seconds | steady event, of windows | two counted events, windows each |\n|---|---|---|")
     for seconds in (0.64, 1.28, 2.56, 5.12, 10.24, 20.48):
         system, window = System(student, seconds), min(256, round(seconds * 100))
-        def heard(captions, events):
-            mels = system.mels(captions, system.noise(len(captions)))
-            return torch.stack([system.heard(m, events) for m in mels.split(window, 2)])               # (windows, captions)
+        def heard(captions, *events):                                                                # (windows, captions) for each of events
+            windows = system.mels(captions, system.noise(len(captions))).split(window, 2)
+            return [torch.stack([system.heard(m, e) for m in windows]) for e in events]
         one, n = [steady[i % len(steady)] for i in range(48)], 48
-        fills = heard([world.phrase(e, 0, "quickly") for e in one], one).mean()
+        fills = heard([world.phrase(e, 0, "quickly") for e in one], one)[0].mean()
         first, second = ([counted[(i + k * (1 + i // 4 % 3)) % len(counted)] for i in range(n)] for k in (0, 1))
         both = [f"{world.phrase(a, 0, 'twice')} and {world.phrase(b, 0, 'twice')}" for a, b in zip(first, second)]
-        print(f"| {seconds:g} | {fills:.2f} | {((heard(both, first) + heard(both, second)) / 2).sum(0).mean():.2f} |", flush=True)
+        print(f"| {seconds:g} | {fills:.2f} | {(sum(heard(both, first, second)) / 2).sum(0).mean():.2f} |", flush=True)
 
 
 if __name__ == "__main__":
