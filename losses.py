@@ -39,7 +39,12 @@ def tv_loss(x0, kind="l1"):
     return {"l1": d.abs, "l2": d.square, "none": lambda: 0 * d}[kind]().mean((1, 2, 3))
 
 
-def lora_loss(x0, t, eps, text, fake, alpha, sigma):
-    """Eq. 8, the LoRA teacher's denoising loss (B,) on the student's detached samples: mean (alpha_t (eps_hat - eps))^2."""
+def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
+    """Eq. 8, the LoRA teacher's denoising loss (B,) on the student's detached samples: mean (alpha_t (eps_hat - eps))^2.
+
+    weighting "v" divides by alpha_t instead. That is the error of v = alpha_t eps - sigma_t x0 (arXiv 2202.00512), alike in size
+    at every t; alpha_t^2 all but leaves out the high t where the student's gradient decides what happens when (ours, see LOG.md).
+    """
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
-    return (at(alpha, t) * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))
+    w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
+    return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))

@@ -54,6 +54,7 @@ def parse_args(argv=None):
     add("--guidance", type=float, default=7.5, help="classifier-free guidance on the teacher")
     add("--lora_guidance", type=float, help="on the LoRA teacher (default: the same; 1 is none)")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3, or DMD's")
+    add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="of eq. 8, or that of v's error")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="temporal total variation, eq. 6")
     add("--tv_weight", type=float, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=int, default=64, help="rank r of the LoRA teacher")
@@ -71,15 +72,15 @@ def parse_args(argv=None):
     add("--beta1", type=float, default=0.9, help="of both; beta2 is --beta2")
     add("--beta2", type=float, default=0.999, help="of both")
     add("--weight_decay", type=float, default=0.01, help="of both")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm of either (0: no limit)")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
     add("--decay", action=argparse.BooleanOptionalAction, default=False, help="linear decay to zero at max_steps")
-    add("--ema", type=float, default=0.0, help="decay of the saved average of the student")
+    add("--ema", type=float, default=0.0, help="decay of the saved average weights")
     # machine
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16: autocast, fp32 master weights")
     add("--compile", action="store_true", help="torch.compile both UNets")
-    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     # output
     add("--save_every", type=int, default=500, help="steps between checkpoints")
     add("--log_every", type=int, default=10, help="steps between lines of metrics.jsonl")
@@ -258,7 +259,7 @@ def main(argv=None):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     # LoRA teacher: learn to denoise what the student makes now.
                     dropped = torch.where((u < args.lora_drop)[:, None, None], null, text)
-                    lora = lora_loss(x0, t_lora, eps_lora, dropped, lora_eps, alpha, sigma)
+                    lora = lora_loss(x0, t_lora, eps_lora, dropped, lora_eps, alpha, sigma, args.lora_weighting)
                 (lora.mean() / args.grad_accum).backward()
             with torch.no_grad():
                 for name, value in (("vsd", vsd), ("tv", tv), ("lora", lora), ("x0_std", x0.std((1, 2, 3)))):

@@ -111,6 +111,15 @@ def test_eq8_closed_forms():
     torch.testing.assert_close(silent, ALPHA[t] ** 2 * eps.square().mean((1, 2, 3)))
 
 
+def test_eq8_weighted_like_v_is_the_error_of_v():
+    x0, eps, t, guess = noise(2, 2, 4, 5), noise(2, 2, 4, 5, seed=1), torch.tensor([100, 900]), noise(2, 2, 4, 5, seed=2)
+    x_t, schedule = diffuse(x0, t, eps, ALPHA, SIGMA), diffusers.DDIMScheduler.from_config(SCHEDULE.config)
+    a, s = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
+    v_hat = a * guess - s * (x_t - s * guess) / a                   # of the clip that the guessed noise implies
+    loss = lora_loss(x0, t, eps, None, lambda x, t, y: guess, ALPHA, SIGMA, "v")
+    torch.testing.assert_close(loss, (v_hat - schedule.get_velocity(x0, eps, t)).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
 def test_distilling_a_gaussian_converges():
     """Eq. 1, 3 and 8 together, on data N(mean, std^2) in two dimensions: the student must find mean and std."""
     mean, std = torch.tensor([1.5, -0.5]).view(1, 1, 1, 2), torch.tensor([0.4, 0.8]).view(1, 1, 1, 2)

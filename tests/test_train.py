@@ -142,7 +142,7 @@ def test_ema_is_what_is_saved(plain, captions, tmp_path):
     assert not torch.equal(saved["conv_in.weight"], checkpoint["student"]["conv_in.weight"])
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--parameterization", "direct"), ("--tv", "l2"), ("--tv", "none"), ("--weighting", "dmd"),
+@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--parameterization", "direct"), ("--tv", "l2"), ("--tv", "none"), ("--weighting", "dmd"), ("--lora_weighting", "v"),
                                    ("--lora_guidance", 1, "--lora_drop", 0)])
 def test_variants_run(plain, captions, tmp_path, flags):
     go(plain, captions, tmp_path, "--max_steps", 1, *flags)
