@@ -452,7 +452,7 @@ def invert(latents, x0, z_T, steps=30, rate=0.1):
     """Noise (B, 4, h, w) from which latents(z_T), a one-step student, makes something close to x0, and how close (B,).
 
     Adam on z_T itself; the result stays as wide as noise by itself (measured: 1.00), so that nothing pulls it there.
-    Starts with a fifth of x0 in the noise, from where a student is twice as close as from noise alone (LOG.md).
+    Starts with a fifth of x0 in the noise, of which a student's clip is half as far from x0 as of another noise (tiny.control edit).
     """
     z = (0.2 * x0 / x0.std((1, 2, 3), keepdim=True) + 0.98 * z_T).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=rate)
@@ -465,12 +465,12 @@ def invert(latents, x0, z_T, steps=30, rate=0.1):
 
 
 @torch.no_grad()
-def many_steps(eps, z_T, text, null, teacher, steps, guidance, progress=lambda x: x):
+def many_steps(eps, z_T, text, null, teacher, steps, guidance):
     """The teacher's own sampling, with its diffusers scheduler: `steps` steps of classifier-free guidance."""
     scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config)
     scheduler.set_timesteps(steps, device=z_T.device)
     x = z_T * scheduler.init_noise_sigma
-    for t in progress(scheduler.timesteps):
+    for t in scheduler.timesteps:
         out = guided(eps, scheduler.scale_model_input(x, t), t.expand(len(x)), text, null, guidance)
         x = scheduler.step(out, t, x).prev_sample
     return x

@@ -32,7 +32,7 @@ def add_system(add):
     add("--teacher", help="hub name, folder or tiny (default: the one the student was distilled from)")
     add("--teacher_steps", type=int, help="sample the teacher instead, in so many steps")
     add("--guidance", type=float, help="the teacher's classifier-free guidance (default: the folder's own, else 7.5)")
-    add("--seed", type=int, default=0, help="of the noise (the same for every prompt), and of what else is drawn")
+    add("--seed", type=int, default=0, help="of the noise, and of what else is drawn")
     add("--batch_size", type=int, default=8, help="clips at a time")
     add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where the machine is fast at it")
 
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add("--seconds", dest="length", type=float, metavar="S", help="length (default: that of training, at which it is best)")
     add("--init", metavar="WAV", help="edit this recording: start from noise that makes it")
     add("--init_prompt", help="what --init sounds like (default: nothing said)")
-    add("--strength", type=float, default=0.3, help="of an edit: 0 keeps most of --init, 1 all but its length is new")
+    add("--strength", type=float, default=0.2, help="of an edit: 0 keeps most of --init, 1 all but its length is new")
     add("--html", nargs="?", const="page", choices=("page", "blind"), help="write OUT/listen.html; blind: a listening test")
     add("--beside", nargs="+", default=[], metavar="DIR", help="for --html: folders of other systems, a column each")
     add("--overwrite", action="store_true", help="replace files that exist")
@@ -213,14 +213,12 @@ def invert_recording(path, prompt, teacher, latents, seed):
 
 
 def manifests(folders):
-    """{folder: the rows of its manifest.json} of folders of sample.py that can stand side by side, with all their files there."""
+    """{folder: the rows of its manifest.json} of folders of sample.py, with all their files there."""
     found = {}
     for folder in map(Path, folders):
         path = folder / "manifest.json"
         if not path.exists():
             raise InputError(f"{folder}: holds no manifest.json of sample.py")
-        if folder.resolve().name in {other.resolve().name for other in found}:
-            raise InputError(f"{folder}: another folder has the same name, which names the system; rename one")
         found[folder] = read_manifest(path)
         for clip in found[folder]:
             for file in ((folder / clip["file"]).with_suffix(ending) for ending in (".wav", ".png")):
@@ -261,14 +259,16 @@ def main(argv=None):
             for path in (out / f"{name}.wav", out / f"{name}.png"):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
-    manifests(args.beside)                              # before the work: are they there?
+    manifest = out / "manifest.json"                    # what a page needs is looked at before the work
+    rows = {row["file"]: row for row in read_manifest(manifest)}
+    manifests(args.beside)
+    if len({Path(folder).resolve().name for folder in (out, *args.beside)}) < 1 + len(args.beside):
+        raise InputError("--beside: two folders, --out's included, have the same name, which names the system; rename one")
     teacher, latents, system = open_system(args)
     for line in teacher.check([*(plain for plain, _ in args.parsed.values()), *filter(None, [args.init_prompt])]):
         tqdm.write(line)
     start = invert_recording(args.init, args.init_prompt or "", teacher, latents, args.seed) if args.init else None
     out.mkdir(parents=True, exist_ok=True)
-    manifest = out / "manifest.json"
-    rows = {row["file"]: row for row in read_manifest(manifest)}
     jobs, started = list(names), time.time()
     bar = tqdm(total=len(jobs), desc="clips")
     for i in range(0, len(jobs), args.batch_size):

@@ -35,6 +35,7 @@ TABLES = {
     "table5": {f"{n} captions": EQ8 + (f" --max_captions {n}" if n < 6000 else "") for n in (100, 500, 2000, 6000)},
     "levers": {
         "tiny default": "",
+        "eq. 8 as in the paper": EQ8,
         "w = DMD's": "--weighting dmd",
         "LoRA on q and v": "--lora_targets qv --lora_rank 64 --lora_alpha 128",
         "LoRA on linear layers": "--lora_targets linear",
@@ -50,7 +51,6 @@ TABLES = {
         "t from 200": "--t_min 200",
         "t to 800": "--t_max 801",
         "no empty captions": "--lora_drop 0",
-        "batch 8, twice the steps": "--batch_size 8 --double",
     },
 }
 
@@ -69,9 +69,8 @@ def distil(flags, args, seed, teacher, held):
     if found and found["key"] != key:
         raise SystemExit(f"error: {out} holds a run with other flags, defaults or clips; choose another --out")
     if not found:
-        steps = args.steps * (2 if "--double" in flags else 1)
-        train.main(["--teacher", "tiny", "--max_steps", str(steps), "--eval_clips", "0", "--seed", str(seed), "--out_dir", str(out),
-                    *flags.replace("--double", "").split()])
+        train.main(["--teacher", "tiny", "--max_steps", str(args.steps), "--eval_clips", "0", "--seed", str(seed), "--out_dir", str(out),
+                    *flags.split()])
         rows, _ = score.measure(teacher, {"student": score.student_latents(out / "student", teacher)}, held, seed)
         found = {"key": key, **rows["student"]}
         write(out / "row.json", lambda path: path.write_text(json.dumps(found, indent=2) + "\n"))
@@ -115,6 +114,8 @@ def main(argv=None):
     parser.add_argument("--figure", type=Path, help="queries: an SVG to write")
     parser.add_argument("--out", type=Path, default=Path("ablations"))
     args = parser.parse_args(argv)
+    if missing := set(args.only or ()) - set(TABLES.get(args.table, ())):
+        raise SystemExit(f"error: --only: {args.table} has no row {missing.pop()!r}; its rows: {', '.join(TABLES.get(args.table, ()))}")
     teacher, held, found = Teacher("tiny"), score.held_out(args.clips), {}
     if args.table == "queries":
         unet = load_unet(teacher.folder).to(teacher.device)
