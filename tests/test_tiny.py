@@ -79,6 +79,8 @@ def test_ablate(tmp_path, capsys, monkeypatch):
     assert go(12)[-1] == first[-1]
     with pytest.raises(SystemExit, match="holds a run with other flags"):
         go(16)
+    with pytest.raises(SystemExit, match="table5 has no row '90 captions'"):
+        ablate.main(["table5", "--only", "90 captions"])
 
 
 GOLDEN = [(0.00327, 0.2833, 0.738), (0.00396, 0.4438, 0.765), (0.00220, 0.1475, 0.816)]      # vsd, lora, x0_std
