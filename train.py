@@ -1,6 +1,6 @@
 """Distil a text-to-audio diffusion teacher into a student that makes a clip in one pass, from captions alone.
 
-    python train.py --teacher tiny                                  # the embedded teacher: 2 CPU cores, under 5 minutes
+    python train.py --teacher tiny                                  # the embedded teacher: 2 CPU cores, about 5 minutes
     python train.py --captions audiocaps.csv                        # Auffusion, the paper's setting, one 48 GB GPU
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1     # the same batch on four GPUs
 
