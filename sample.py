@@ -228,7 +228,7 @@ def manifests(folders):
 
 
 def read_manifest(path):
-    rows = read_json(path) if path.exists() else []
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: is not sample.py's; choose another folder")
     return rows
@@ -260,7 +260,7 @@ def main(argv=None):
                 if path.exists():
                     raise InputError(f"{path} exists; pass --overwrite to replace it, or another --out or --seed")
     manifest = out / "manifest.json"                    # what a page needs is looked at before the work
-    rows = {row["file"]: row for row in read_manifest(manifest)}
+    rows = {row["file"]: row for row in (read_manifest(manifest) if manifest.exists() else [])}
     manifests(args.beside)
     if len({Path(folder).resolve().name for folder in (out, *args.beside)}) < 1 + len(args.beside):
         raise InputError("--beside: two folders, --out's included, have the same name, which names the system; rename one")

@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--guidance", type=float, default=7.5, help="classifier-free guidance on the teacher")
     add("--lora_guidance", type=float, help="on the LoRA teacher (default: the same; 1 is none)")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3, or DMD's")
-    add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="eq. 8, or 1/alpha_t^2")
+    add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="of eq. 8: alpha_t^2, or 1 over it")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="temporal total variation, eq. 6")
     add("--tv_weight", type=float, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=int, default=64, help="rank r of the LoRA teacher")

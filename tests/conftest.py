@@ -49,7 +49,7 @@ def captions(tmp_path_factory):
 def run(script, *flags, cwd, ranks=0, threads=1, **kw):
     """Run train.py or sample.py as a user would: (exit code, all it printed)."""
     command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, **kw)
     return done.returncode, done.stdout

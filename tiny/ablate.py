@@ -3,7 +3,7 @@
     python -m tiny.ablate table4                    # parameterization, LoRA's capacity, total variation (the paper's Table IV)
     python -m tiny.ablate table5                    # number of captions (Table V)
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside a student
-    python -m tiny.ablate levers --steps 150 --seeds 1      # what the tiny default was chosen from
+    python -m tiny.ablate levers --steps 200 --seeds 1      # what the tiny default was chosen from
 
 Runs are kept under --out and not made again. `--steps` is short by default: what is compared is the order, at equal cost.
 """
