@@ -1,128 +1,105 @@
-"""Captions in, and everything random about a training sample: a function of (seed, number of the sample).
+"""Captions in, and everything random about a training sample as a function of (seed, its number).
 
-No state to save: sample n of a run has the same caption, noise and timesteps however the batch is split over
-micro-batches and processes, and whether or not the run was interrupted before it.
+So there is no state to save: sample n of a run has the same caption, noise and timesteps however
+the batch is split over micro-batches and processes, and whether or not the run was interrupted.
 """
 import csv
 import functools
 import io
 import json
-import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from extras.cli import InputError
 
-class InputError(SystemExit):
-    """Something the user gave is wrong. Left alone, it ends the program with its one line and exit code 1."""
+# ---- captions ----------------------------------------------------------------------------------
 
-    def __init__(self, message):
-        super().__init__(f"error: {message}")
-
-
-def read_json(path):
-    """The content of a JSON file; InputError where it is not one."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path}: is not JSON ({e})")
+NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")  # first match wins
 
 
-def write(path, save):
-    """save(temporary path), then rename: `path` is the old file or the new one, whole, if the program is killed."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        save(temporary)
-        os.chmod(temporary, 0o644)                      # safetensors writes files that only their owner can read
-        os.replace(temporary, path)
-    except Exception as e:                              # a full disk is an OSError, RuntimeError or SafetensorError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: not saved ({str(e).strip()[:120]}); is the disk full? What was there before is whole")
+def read_rows(path):
+    """Read the rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings for bare text.
 
-
-NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")      # usual column names, first match wins
-
-
-def read_captions(path, column=None, limit=None):
-    """Read captions from a .csv, .tsv, .txt (a caption a line), .json or .jsonl file.
-
-    column: the column or key; by default one of NAMES, or all of caption_1, caption_2, ... limit: keep the first so many.
-    Returns (distinct captions in file order, {"rows", "empty", "duplicates", "columns"}).
-    Raises InputError, naming file and row, where the file is missing, empty, not UTF-8 or lacks the column.
+    A .json file holds a list, an object with a list in it such as {"data": [...]}, or JSON lines.
+    Raises InputError where the file is missing, not UTF-8 or not what its ending says.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; pass --captions FILE (.csv, .tsv, .txt, .json, .jsonl)")
-    data = path.read_bytes()
+        raise InputError(f"{path}: no such file; pass a .csv, .tsv, .txt, .json or .jsonl file")
+    content = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: line {data[:e.start].count(10) + 1} is not UTF-8; convert it (iconv -t utf-8)")
+        line = content[:e.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(10 ** 9)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",")
-        header = next(reader, [])
-        columns = pick_columns(path, header, column)
-        at = [header.index(c) for c in columns]
-        rows = [[row[i] if i < len(row) else "" for i in at] for row in reader if row]
-    elif kind == ".txt":
-        columns, rows = [], [[line] for line in text.splitlines()]
-    elif kind in (".json", ".jsonl"):
-        columns, rows = json_rows(path, text, kind, column)
-    else:
-        raise InputError(f"{path}: unknown kind of file {kind or '(no ending)'!r}; use .csv, .tsv, .txt, .json or .jsonl")
-    found = [" ".join(c.split()) for row in rows for c in row]
-    captions = list(dict.fromkeys(c for c in found if c))
-    if not captions:
-        raise InputError(f"{path}: holds no caption ({len(rows)} rows read)")
-    empty = found.count("")
-    report = {"rows": len(rows), "empty": empty, "duplicates": len(found) - empty - len(captions), "columns": columns}
-    return captions[:limit], report
+        delimiter = "\t" if kind == ".tsv" else ","
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    if kind == ".txt":
+        return text.splitlines()
+    if kind in (".json", ".jsonl"):
+        return json_rows(path, text)
+    raise InputError(f"{path}: unknown ending {kind!r}; use .csv, .tsv, .txt, .json or .jsonl")
 
 
-def pick_columns(path, header, column):
-    """Names of the columns that hold captions: the given one, one of NAMES, or caption_1, caption_2, ..."""
-    if column:
-        if column not in header:
-            raise InputError(f"{path}: has no column {column!r}; its columns: {', '.join(map(str, header))}")
-        return [column]
-    numbered = [h for h in header if h.lower().rstrip("0123456789").rstrip("_") == "caption" and h[-1:].isdigit()]
-    named = [h for name in NAMES for h in header if h.lower() == name]
-    if not named and not numbered:
-        raise InputError(f"{path}: no column named like {', '.join(NAMES)}; its columns: {', '.join(map(str, header))}; "
-                         "say which with --caption_column")
+def json_rows(path, text):
+    """Decode one JSON document, or JSON lines."""
+    try:
+        values = [json.loads(text)]
+    except json.JSONDecodeError as whole:
+        values = []
+        for n, line in enumerate(text.split("\n"), 1):
+            try:
+                values += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as e:
+                n, e = (n, e) if values else (whole.lineno, whole)
+                raise InputError(f"{path}: line {n} is not JSON ({e.msg})")
+    whole = values[0] if len(values) == 1 else None
+    if isinstance(whole, dict) and path.suffix == ".json" and not caption_columns(tuple(whole)):
+        whole = next((v for v in whole.values() if isinstance(v, list)), None)  # {"data": [...]}
+    return whole if isinstance(whole, list) else values
+
+
+@functools.lru_cache
+def caption_columns(names):
+    """Which of a row's keys hold captions: one of NAMES, or all of caption_1, caption_2, ..."""
+    numbered = [n for n in names if re.fullmatch(r"captions?_?\d+", str(n).lower())]
+    named = [n for name in NAMES for n in names if str(n).lower() == name]
     return numbered or named[:1]
 
 
-def json_rows(path, text, kind, column):
-    """Captions of a JSON list, an object of lists, or JSON lines; items are strings or objects with a caption key."""
-    if kind == ".json":
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path}: line {e.lineno} is not JSON ({e.msg})")
-        if isinstance(items, dict):                     # {"captions": [...]}, or AudioCaps-like {"data": [{...}]}
-            items = next((v for v in items.values() if isinstance(v, list)), [])
-        items = items if isinstance(items, list) else []
-    else:
-        items = []
-        for n, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    items.append(json.loads(line))
-                except json.JSONDecodeError as e:
-                    raise InputError(f"{path}: line {n} is not JSON ({e.msg})")
-    rows, columns = [], []
-    for n, item in enumerate(items, 1):
-        if isinstance(item, dict):
-            if not all(c in item for c in columns) or not columns:
-                columns = pick_columns(f"{path}: item {n}", list(item), column)
-            item = [c for k in columns for c in (item[k] if isinstance(item[k], list) else [item[k]])]
-        rows.append([c if isinstance(c, str) else "" for c in (item if isinstance(item, list) else [item])])
-    return columns, rows
+def read_captions(path, column=None, limit=None):
+    """Read the distinct captions of a file, in its order, and count what was left out.
 
+    column: their column or key, if its name is unusual. limit: keep the first so many.
+    Returns (captions, {"rows", "empty", "duplicates"}). Raises InputError naming file and row.
+    """
+    rows, found = read_rows(path), []
+    for n, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            columns = [column] if column else caption_columns(tuple(row))
+            if not columns or columns[0] not in row:
+                looked_for = repr(column) if column else "named like " + ", ".join(NAMES)
+                raise InputError(f"{path}: row {n} has no column {looked_for}; it has "
+                                 f"{', '.join(map(str, row))}; say which with --caption_column")
+            row = [row[name] for name in columns]
+        cells = row if isinstance(row, list) else [row]
+        cells = [c for cell in cells for c in (cell if isinstance(cell, list) else [cell])]
+        found += [" ".join(c.split()) if isinstance(c, str) else "" for c in cells]
+    captions = list(dict.fromkeys(filter(None, found)))
+    if not captions:
+        raise InputError(f"{path}: holds no caption ({len(rows)} rows read)")
+    empty = found.count("")
+    counts = {"rows": len(rows), "empty": empty, "duplicates": len(found) - empty - len(captions)}
+    return captions[:limit], counts
+
+
+# ---- randomness --------------------------------------------------------------------------------
 
 @functools.lru_cache(2)
 def order(count, seed, epoch):
@@ -131,26 +108,31 @@ def order(count, seed, epoch):
 
 
 def caption_at(captions, seed, n):
-    """The caption of sample n of a run."""
+    """The caption of sample n of a run: every caption once before any comes again."""
     epoch, i = divmod(n, len(captions))
     return captions[order(len(captions), seed, epoch)[i]]
 
 
 def draw_sample(seed, n, shape, t_min, t_max, T):
-    """The random numbers of sample n: noises z_T, eps, eps_lora of `shape`, timesteps t, t_lora, and u in [0, 1).
+    """The random numbers of sample n of a run.
 
-    t is uniform in [t_min, t_max), as SwiftBrush has it; t_lora, of eq. 8, in [0, T].
+    Returns z_T, eps, eps_lora of `shape`; t uniform in [t_min, t_max) for eq. 3 (SwiftBrush's
+    range by default); t_lora uniform in [0, T] for eq. 8; u in [0, 1), which drops the caption.
     """
     rng = np.random.default_rng((seed, 1, n))
     noises = rng.standard_normal((3, *shape), dtype=np.float32)
-    return (*noises, rng.integers(t_min, t_max), rng.integers(0, T + 1), rng.random(1, dtype=np.float32)[0])
+    t, t_lora = rng.integers(t_min, t_max), rng.integers(0, T + 1)
+    return (*noises, t, t_lora, rng.random(1, dtype=np.float32)[0])
 
 
 def draw_batch(numbers, *args):
-    """draw_sample for several samples, stacked into tensors."""
-    return [torch.from_numpy(np.stack(column)) for column in zip(*(draw_sample(args[0], n, *args[1:]) for n in numbers))]
+    """draw_sample() for several samples, stacked into tensors."""
+    columns = zip(*(draw_sample(args[0], n, *args[1:]) for n in numbers))
+    return [torch.from_numpy(np.stack(column)) for column in columns]
 
 
-def sampling_noise(seed, k, shape):
-    """z_T of clip k under a seed, whatever the prompt and the batch: one seed gives several prompts the same noise."""
-    return torch.from_numpy(np.random.default_rng((seed, 2, k)).standard_normal(shape, dtype=np.float32))
+def sampling_noise(numbers, seed, shape):
+    """z_T (B, *shape) of clips with these numbers: one seed gives all prompts the same noise."""
+    rows = [np.random.default_rng((seed, 2, k)).standard_normal(shape, dtype=np.float32)
+            for k in numbers]
+    return torch.from_numpy(np.stack(rows))

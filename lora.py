@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685) of a UNet, by hand.
 
-A wrapped layer adopts the frozen weight of the one it replaces and keeps its name, so that the network with its
-adapters off is the network it was, bit for bit: one UNet is both the teacher and the LoRA teacher.
+An adapted layer keeps its frozen weight and its name, so that the network with its adapters off is
+the network it was, bit for bit: one UNet is both the teacher and the LoRA teacher.
 
     inject(unet, "qv", rank=64, alpha=128)
     with torch.no_grad(), lora_disabled(unet):
@@ -14,129 +14,121 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data import write
+from extras.cli import replace_file, replace_text
 
-# Which layers get an adapter. Attention's q and v is SwiftBrush's choice (attn1 attends to itself, attn2 to the text).
+# Which layers get an adapter. Attention's q and v are SwiftBrush's choice (arXiv 2312.05239).
 TARGETS = {
     "qv": lambda name, module: name.endswith((".to_q", ".to_v")),
     "attention": lambda name, module: name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")),
     "linear": lambda name, module: isinstance(module, nn.Linear),
-    "all": lambda name, module: True,
+    "all": lambda name, module: True,                               # convolutions too
 }
 
 
-class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / rank) B A x, with W and b frozen, A (rank, in) random and B (out, rank) zero at first."""
-
-    def __init__(self, base, rank, alpha):
-        nn.Module.__init__(self)                        # adopt, do not allocate
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        kw = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A, self.lora_B = nn.Linear(self.in_features, rank, False, **kw), nn.Linear(rank, self.out_features, False, **kw)
-        setup(self, alpha / rank)
+class LoRA:
+    """y = W x + b + (alpha / rank) B A x, with W and b frozen, A random and B zero at first."""
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         return y + self.scale * self.lora_B(self.lora_A(x)) if self.enabled else y
 
 
-class LoRAConv2d(nn.Conv2d):
-    """The same for a convolution: A is a convolution of its kernel, stride and padding to `rank` channels, B is 1 x 1."""
-
-    def __init__(self, base, rank, alpha):
-        nn.Module.__init__(self)
-        for name in nn.Conv2d.__constants__ + ["_reversed_padding_repeated_twice"]:
-            setattr(self, name, getattr(base, name))
-        self.weight, self.bias = base.weight, base.bias
-        kw = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False, **kw)
-        self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, **kw)
-        setup(self, alpha / rank)
-
-    def forward(self, x):
-        y = self._conv_forward(x, self.weight, self.bias)
-        return y + self.scale * self.lora_B(self.lora_A(x)) if self.enabled else y
+class LoRALinear(LoRA, nn.Linear):
+    pass
 
 
-def setup(layer, scale):
-    layer.scale, layer.enabled = scale, True
-    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))      # as loralib and PEFT do
-    nn.init.zeros_(layer.lora_B.weight)                                # so that the adapted network starts as the base
+class LoRAConv2d(LoRA, nn.Conv2d):
+    pass
+
+
+def adapt(layer, rank, alpha):
+    """Turn a linear layer or a convolution into its LoRA twin, in place: no weight is copied.
+
+    A convolution's A has its kernel, stride and padding; its B is 1 x 1.
+    """
+    kw = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
+    if isinstance(layer, nn.Linear):
+        layer.__class__ = LoRALinear
+        layer.lora_A = nn.Linear(layer.in_features, rank, **kw)
+        layer.lora_B = nn.Linear(rank, layer.out_features, **kw)
+    else:
+        layer.__class__ = LoRAConv2d
+        layer.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
+                                 layer.padding, **kw)
+        layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **kw)
+    layer.scale, layer.enabled = alpha / rank, True
+    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))   # as loralib and PEFT do
+    nn.init.zeros_(layer.lora_B.weight)                             # so that it starts as the base
 
 
 def inject(network, targets="qv", rank=64, alpha=128):
-    """Freeze `network`, give the layers that `targets` names a trainable adapter, in place. Returns their parameters.
+    """Freeze `network` and give the layers that `targets` names an adapter, in place.
 
-    targets: "qv", "attention", "linear" (every linear layer) or "all" (convolutions too). The defaults are the paper's.
+    targets: a key of TARGETS. The defaults are the paper's. Returns the adapters' parameters.
     """
     network.requires_grad_(False)
-    found = [(name, m) for name, m in network.named_modules()
-             if type(m) in (nn.Linear, nn.Conv2d) and TARGETS[targets](name, m)]
+    found = [module for name, module in network.named_modules()
+             if type(module) in (nn.Linear, nn.Conv2d) and TARGETS[targets](name, module)]
     if not found:
         raise ValueError(f"no layer of this network matches targets={targets!r}")
-    for name, module in found:
-        parent, _, child = name.rpartition(".")
-        wrap = LoRALinear if isinstance(module, nn.Linear) else LoRAConv2d
-        setattr(network.get_submodule(parent), child, wrap(module, rank, alpha))
-    return lora_parameters(network)
+    for layer in found:
+        adapt(layer, rank, alpha)
+    return [p for layer in found for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
 
 def lora_layers(network):
-    return {name: m for name, m in network.named_modules() if isinstance(m, (LoRALinear, LoRAConv2d))}
-
-
-def lora_parameters(network):
-    """The adapters' parameters, the only trainable ones after inject()."""
-    return [p for m in lora_layers(network).values() for p in (m.lora_A.weight, m.lora_B.weight)]
+    """The adapted layers: {name: layer}."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, LoRA)}
 
 
 @contextlib.contextmanager
 def lora_disabled(network):
-    """Within, every adapter is off; afterwards each is as it was before, so that these blocks nest.
+    """Switch every adapter off inside, and back to what it was afterwards; these blocks nest.
 
-    Turn adapters off around whole forward passes whose backward does not matter: activation checkpointing runs the
-    forward again during backward, with whatever is set then.
+    Only for whole forward passes without gradient: activation checkpointing runs the forward
+    again during backward, with whatever is switched on then.
     """
-    layers = list(lora_layers(network).values())
-    before = [m.enabled for m in layers]
+    before = {m: m.enabled for m in lora_layers(network).values()}
     try:
-        for m in layers:
+        for m in before:
             m.enabled = False
         yield
     finally:
-        for m, enabled in zip(layers, before):
+        for m, enabled in before.items():
             m.enabled = enabled
 
 
 def lora_state(network):
-    """The adapters' weights under PEFT's names: base_model.model.<layer>.lora_A.weight, ...lora_B.weight."""
-    return {f"base_model.model.{name}.lora_{ab}.weight": getattr(m, f"lora_{ab}").weight.detach().cpu().contiguous()
+    """The adapters' weights on the CPU under PEFT's names, base_model.model.<layer>.lora_A..."""
+    return {f"base_model.model.{name}.lora_{ab}.weight":
+            getattr(m, f"lora_{ab}").weight.detach().cpu().contiguous()
             for name, m in lora_layers(network).items() for ab in "AB"}
 
 
 def load_lora_state(network, state):
-    """Put a lora_state back; KeyError where a layer's weights are missing."""
+    """Put a lora_state() back; KeyError where a layer's weights are missing."""
     with torch.no_grad():
         for name, m in lora_layers(network).items():
             for ab in "AB":
-                getattr(m, f"lora_{ab}").weight.copy_(state[f"base_model.model.{name}.lora_{ab}.weight"])
+                saved = state[f"base_model.model.{name}.lora_{ab}.weight"]
+                getattr(m, f"lora_{ab}").weight.copy_(saved)
 
 
 def save_lora(network, folder, rank, alpha):
-    """Write adapter_model.safetensors and adapter_config.json. Either library loads them into a UNet:
+    """Write adapter_config.json and adapter_model.safetensors, which both libraries load.
 
-    PeftModel.from_pretrained(unet, folder), or
-    unet.load_lora_adapter(folder, weight_name="adapter_model.safetensors", prefix="base_model.model").
+    PeftModel.from_pretrained(unet, folder), or unet.load_lora_adapter(folder,
+    weight_name="adapter_model.safetensors", prefix="base_model.model").
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora_layers(network))}
-    described = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})     # where diffusers looks for alpha
-    write(folder / "adapter_config.json", lambda path: path.write_text(json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n"))
-    write(folder / "adapter_model.safetensors", lambda path: save_file(
-        lora_state(network), path, {"format": "pt", "lora_adapter_metadata": described}))
+    replace_text(folder / "adapter_config.json",
+                 json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
+    # diffusers looks for alpha in the file's own metadata and would take alpha = rank without it
+    about = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})
+    replace_file(folder / "adapter_model.safetensors", lambda path: save_file(
+        lora_state(network), path, {"format": "pt", "lora_adapter_metadata": about}))

@@ -1,49 +1,91 @@
-"""The method's losses (SwiftAudio, arXiv 2606.31259, section III-E), as pure functions.
+"""The method's equations (SwiftAudio, arXiv 2606.31259, section III) as pure functions.
 
-A denoiser is any callable eps(x_t, t, text) -> the predicted noise: a UNet here, a Gaussian's exact score in the tests.
-Shapes: latents (B, C, H, W) with time last, t (B,) integers, alpha and sigma (T + 1,) indexed by t.
+A denoiser is any callable eps(x_t, t, text) that predicts the noise in x_t: a UNet in train.py,
+a Gaussian's exact score in the tests. So nothing here knows of LoRA, optimizers or audio.
+
+Shapes: latents (B, C, H, W) with time last, t (B,) integers in [0, T], alpha and sigma (T + 1,)
+indexed by t. Every loss is (B,), the mean over a sample's elements; train.py averages the batch.
 """
 import torch
 
 
 def at(values, t):
-    """Pick schedule values for timesteps t (B,), shaped to multiply latents (B, C, H, W)."""
-    return values[t].view(-1, 1, 1, 1)
+    """Pick the schedule's values for timesteps t (B,), shaped to multiply latents."""
+    return values[t].view(-1, 1, 1, 1)                                      # (B, 1, 1, 1)
+
+
+def one_step(eps, z_T, text, alpha, sigma, parameterization="eps"):
+    """Eq. 1, the student's clip in one pass: x0 = (z_T - sigma_T eps(z_T, T, text)) / alpha_T.
+
+    alpha_T is 0.068 for Auffusion, so an error of eps is 14.6 times as large in x0.
+    parameterization "direct" takes the output for x0 itself, the ablation of Table IV.
+    """
+    T = torch.full((len(z_T),), len(alpha) - 1, device=z_T.device)
+    out = eps(z_T, T, text)
+    if parameterization == "direct":
+        return out
+    return (z_T - at(sigma, T) * out) / at(alpha, T)
 
 
 def diffuse(x0, t, eps, alpha, sigma):
-    """Eq. 2: the noisy latent x_t = alpha_t x0 + sigma_t eps."""
+    """Eq. 2, forward diffusion: x_t = alpha_t x0 + sigma_t eps."""
     return at(alpha, t) * x0 + at(sigma, t) * eps
 
 
-def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma, weighting="sigma2"):
-    """Eq. 3, variational score distillation: a loss (B,) whose gradient to x0 is w (eps_teacher - eps_fake).
+def guided(eps, null, scale):
+    """Classifier-free guidance (arXiv 2207.12598): eps(null) + scale (eps(text) - eps(null)).
 
-    teacher, fake: denoisers, guidance included. w is sigma_t^2, or for weighting "dmd" 1 / mean |eps_teacher - eps|, which is
-    eq. 8 of DMD (arXiv 2311.18828) written in eps: more weight at high t. No gradient flows through either network. The value
-    0.5 mean((w (eps_teacher - eps_fake))^2) says how far apart they are; it need not fall while the student learns.
-    The mean is over a sample's elements, so the gradient is divided by C H W.
+    Returns a denoiser. null (1, tokens, dim) encodes the empty caption. Both halves run in one
+    batch of 2 B; scale 1 needs no second half.
+    """
+    if scale == 1:
+        return eps
+
+    def guided_eps(x, t, text):
+        texts = torch.cat([text, null.expand_as(text)])                     # (2 B, tokens, dim)
+        cond, uncond = eps(torch.cat([x, x]), torch.cat([t, t]), texts).chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    return guided_eps
+
+
+def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma, weighting="sigma2"):
+    """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
+
+    teacher, fake: denoisers, guidance included; neither gets a gradient. weighting "sigma2" is
+    the paper's w = sigma_t^2. "dmd" is w = 1 / mean |eps_teacher - eps|, how DMD2's public code
+    normalises, written for eps; eq. 7 and 8 of DMD (arXiv 2311.18828) have another alpha_t.
+    The value, 0.5 mean (w (eps_teacher - eps_fake))^2, says how far apart the two are. It need
+    not fall while the student learns.
     """
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
         eps_teacher = teacher(x_t, t, text)
-        w = at(sigma, t) ** 2 if weighting == "sigma2" else 1 / (eps_teacher - eps).abs().mean((1, 2, 3), keepdim=True)
-        gradient = w * (eps_teacher - fake(x_t, t, text))
-        target = x0 - gradient
+        if weighting == "sigma2":
+            w = at(sigma, t) ** 2
+        else:
+            w = 1 / (eps_teacher - eps).abs().mean((1, 2, 3), keepdim=True)
+        target = x0 - w * (eps_teacher - fake(x_t, t, text))
     return 0.5 * (x0 - target).square().mean((1, 2, 3))
 
 
 def tv_loss(x0, kind="l1"):
-    """Eq. 6, temporal total variation (B,): mean |x0[..., w] - x0[..., w - 1]|; "l2" squares instead, "none" is zero."""
+    """Eq. 6, total variation along time: mean |x0[..., w] - x0[..., w - 1]|, or squared ("l2").
+
+    Eq. 7 adds it to eq. 3 with weight lambda, which is --tv_weight in train.py.
+    """
     d = x0[..., 1:] - x0[..., :-1]
-    return {"l1": d.abs, "l2": d.square, "none": lambda: 0 * d}[kind]().mean((1, 2, 3))
+    if kind == "none":
+        return torch.zeros_like(d[:, 0, 0, 0])
+    return (d.abs() if kind == "l1" else d.square()).mean((1, 2, 3))
 
 
 def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
-    """Eq. 8, the LoRA teacher's denoising loss (B,) on the student's detached samples: mean (alpha_t (eps_hat - eps))^2.
+    """Eq. 8, denoising of the student's own clips: mean (alpha_t (eps_fake - eps))^2.
 
-    weighting "v" divides by alpha_t instead. That is the error of v = alpha_t eps - sigma_t x0 (arXiv 2202.00512), alike in size
-    at every t; alpha_t^2 all but leaves out the high t where the student's gradient decides what happens when (ours, see LOG.md).
+    weighting "v" divides by alpha_t instead, which is the error of v = alpha_t eps - sigma_t x0
+    (arXiv 2202.00512). That is alike in size at every t; alpha_t^2 all but leaves out the high
+    t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
     w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)

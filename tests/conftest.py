@@ -1,4 +1,4 @@
-"""Small random checkpoints in Auffusion's two layouts, and helpers to run the command lines."""
+"""Small random teachers in Auffusion's two layouts, and helpers to run the command lines."""
 import os
 import runpy
 import shutil
@@ -6,20 +6,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"                      # read when the library is imported
+os.environ["OMP_NUM_THREADS"] = "1"                     # the programs that tests start have it too
+
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from extras.random_teacher import write_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"                                 # before the library reads it
-from bench import write_teacher
+torch.set_num_threads(1)                                # sums in one order: runs repeat bit for bit
 
-VOCODER = dict(num_mels=64, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 7, 4], upsample_initial_channel=32,
-               resblock="1", resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]])
-SMALL = dict(dim=24, unet=(16, 32, 32, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)        # latents of 4 x 8 x 8
+VOCODER = dict(
+    num_mels=64, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 7, 4],
+    upsample_initial_channel=32, resblock="1", resblock_kernel_sizes=[3, 5],
+    resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]])
+SMALL = dict(                                           # latents (4, 8, 8)
+    dim=24, unet=(16, 32, 32, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)
 
 
 def write_checkpoint(folder, layout="plain", **more):
-    """A small random teacher of Auffusion's structure in one of its layouts: "plain" (no adapter) or "adapter"."""
+    """Write a small random teacher: layout "plain" (no adapter) or "adapter" (the older one)."""
     return write_teacher(folder, layout, **{**SMALL, **more})
 
 
@@ -46,19 +55,34 @@ def captions(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def tf32():
+    """The two switches, on: of cuDNN's convolutions and of matrix products."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value
+
+
 def run(script, *flags, cwd, ranks=0, threads=1, **kw):
-    """Run train.py or sample.py as a user would: (exit code, all it printed)."""
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
+    """Run a command as a user would, in `ranks` processes: (exit code, all it printed)."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [str(ROOT / script), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], cwd=cwd, env=env, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900, **kw)
+    done = subprocess.run(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=900, **kw)
     return done.returncode, done.stdout
 
 
 def refused(script, *flags, cwd, says, **kw):
-    """The run must end with exit code 1 and one line `error: ...` holding each of `says`, and no traceback.
+    """The run must end with exit code 1 and one line `error: ...` that holds each of `says`.
 
-    In this process (a new one imports for seconds), or with options for subprocess in one of its own.
+    In this process, as a new one imports for seconds; with options of subprocess in a new one.
     """
     if kw:
         code, output = run(script, *flags, cwd=cwd, **kw)
@@ -69,14 +93,15 @@ def refused(script, *flags, cwd, says, **kw):
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [script, *map(str, flags)])
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        line = str(stopped.value.code)                              # Python prints it and ends with 1
+        line = str(stopped.value.code)                  # Python prints it and ends with 1
         assert line.startswith("error:") and "\n" not in line, line
     for word in says:
         assert word in line, line
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too (minutes to an hour, up to 24 GB)")
+    parser.addoption("--slow", action="store_true",
+                     help="run the slow tests too (minutes to an hour, up to 24 GB)")
 
 
 def pytest_collection_modifyitems(config, items):

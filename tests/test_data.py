@@ -1,10 +1,12 @@
+"""Caption files in all formats, and randomness that depends on nothing but a sample's number."""
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from data import InputError, caption_at, draw_batch, order, read_captions, sampling_noise
+from data import caption_at, draw_batch, order, read_captions, read_rows, sampling_noise
+from extras.cli import InputError
 
 
 def write(path, text, encoding="utf-8"):
@@ -12,47 +14,87 @@ def write(path, text, encoding="utf-8"):
     return path
 
 
-FORMATS = {
+LINES = '{"text": "a dog, twice"}\n{"text": "rain"}\n{"text": ""}\n{"text": "rain"}\n'
+FORMATS = {                                     # four rows: one is empty, one comes twice
     "a.csv": 'id,caption\n1,"a dog, twice"\n2,rain\n3,\n4,rain\n',
     "a.tsv": "id\tcaption\n1\ta dog, twice\n2\train\n3\t\n4\train\n",
     "a.txt": "a dog, twice\nrain\n\nrain\n",
-    "a.json": json.dumps([{"id": 1, "caption": "a dog, twice"}, {"caption": "rain"}, {"caption": None}, {"caption": "rain"}]),
-    "b.json": json.dumps({"captions": ["a dog, twice", "rain", "", "rain"]}),
-    "a.jsonl": '{"text": "a dog, twice"}\n{"text": "rain"}\n{"text": ""}\n{"text": "rain"}\n',
-    "b.jsonl": '"a dog, twice"\n"rain"\n""\n"rain"\n',
-    "bom.csv": "\ufeffCaption\r\n\"a dog, twice\"\r\nrain\r\n\" \"\r\nrain\r\n",
+    "rows.json": json.dumps([{"id": 1, "caption": "a dog, twice"}, {"caption": "rain"},
+                             {"caption": None}, {"caption": "rain"}]),
+    "strings.json": json.dumps(["a dog, twice", "rain", "", "rain"], indent=1),
+    "data.json": json.dumps({"version": 1, "data": [
+        {"caption": "a dog, twice"}, {"caption": "rain"}, {"caption": ""}, {"caption": "rain"}]}),
+    "lines.json": LINES,
+    "rows.jsonl": LINES,
+    "blanks.jsonl": LINES.replace("\n", "\r\n\r\n"),
+    "strings.jsonl": '"a dog, twice"\n"rain"\n""\n"rain"',
+    "bom.csv": '\ufeffCaption\r\n"a dog, twice"\r\nrain\r\n" "\r\nrain\r\n',
+    "bom.jsonl": "\ufeff" + LINES,
+    "bom.txt": "\ufeffa dog, twice\r\nrain\r\n\r\nrain\r\n",
+    "short.csv": 'caption,id\n"a dog, twice",1\nrain\n"",3\nrain,4,5\n',
+    "UPPER.CSV": 'ID,CAPTION\n1,"a dog,\ntwice"\n2,rain\n3,\n4,"rain"\n',
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(tmp_path, name):
-    captions, report = read_captions(write(tmp_path / name, FORMATS[name]))
+    captions, counts = read_captions(write(tmp_path / name, FORMATS[name]))
     assert captions == ["a dog, twice", "rain"]
-    assert (report["rows"], report["empty"], report["duplicates"]) == (4, 1, 1)
+    assert counts == {"rows": 4, "empty": 1, "duplicates": 1}
 
 
 def test_columns_and_limit(tmp_path):
-    path = write(tmp_path / "c.csv", "file,caption_1,caption_2,other\nx,one,two,three\ny,four,five,six\n")
+    path = write(tmp_path / "c.csv",
+                 "file,caption_1,caption_2,other\nx,one,two,three\ny,four,five,six\n")
     assert read_captions(path)[0] == ["one", "two", "four", "five"]
     assert read_captions(path, "other")[0] == ["three", "six"]
     assert read_captions(path, limit=3)[0] == ["one", "two", "four"]
-    several = write(tmp_path / "c.jsonl", json.dumps({"captions": ["one", "two"]}) + "\n")
-    assert read_captions(several)[0] == ["one", "two"]
-    quoted = write(tmp_path / "q.csv", 'caption\n"over\ntwo lines"\n')
-    assert read_captions(quoted)[0] == ["over two lines"]
+    both = write(tmp_path / "b.csv", "text,caption\none,two\n")
+    assert read_captions(both)[0] == ["two"]                # the first of NAMES
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("one.csv", "caption\nrain\n", ["rain"]),
+    ("one.tsv", "text\nrain, far away", ["rain, far away"]),
+    ("one.txt", "rain", ["rain"]),
+    ("one.jsonl", '{"caption": "rain"}\n', ["rain"]),
+    ("one.json", '{"caption": "rain"}', ["rain"]),
+    ("string.json", '"rain"', ["rain"]),
+    ("list.jsonl", '{"captions": ["one", "two"], "tags": ["x"]}\n', ["one", "two"]),
+    ("lists.json", '[{"caption": ["one", "two"]}, {"caption": "three"}]', ["one", "two", "three"]),
+    ("bare.json", '[["one", "two"], ["three"]]', ["one", "two", "three"]),
+    ("pairs.jsonl", '["one", "two"]\n["three"]\n', ["one", "two", "three"]),
+    ("captions.json", '{"captions": ["one", "two"]}', ["one", "two"]),
+    ("odd.json", '{"data": ["one", 2, null, "two"]}', ["one", "two"]),
+    ("quoted.csv", 'caption\n"over\ntwo  ""lines"""\n', ['over two "lines"']),
+])
+def test_oddities(tmp_path, name, content, expected):
+    assert read_captions(write(tmp_path / name, content))[0] == expected
+
+
+def test_rows_of_other_tables(tmp_path):
+    """eval.py reads its own columns with it."""
+    assert read_rows(write(tmp_path / "r.csv", "file,n\na.wav,1\nb.wav\n")) == [
+        {"file": "a.wav", "n": "1"}, {"file": "b.wav", "n": None}]
+    assert read_rows(write(tmp_path / "r.json", '[{"file": "a.wav", "n": 1}]')) == [
+        {"file": "a.wav", "n": 1}]
 
 
 @pytest.mark.parametrize("name, content, says", [
     ("missing.csv", None, "no such file"),
-    ("empty.csv", "", "no column"),
+    ("empty.csv", "", "no caption"),
     ("header.csv", "caption\n", "no caption"),
     ("blank.txt", "\n \n", "no caption"),
-    ("wrong.csv", "id,words\n1,rain\n", "words"),
+    ("empty.json", "", "no caption"),
+    ("numbers.json", "[1, 2]", "no caption"),
+    ("wrong.csv", "id,words\n1,rain\n", "row 1 has no column named like caption"),
+    ("wrong.csv", "id,words\n1,rain\n", "it has id, words; say which with --caption_column"),
     ("odd.parquet", "x", ".parquet"),
-    ("bad.json", "[1,\n2,", "line 2"),
-    ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
-    ("keys.jsonl", '{"a": "b"}\n', "a"),
-    ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "item 2"),
+    ("bad.json", "[1,\n2,", "line 2 is not JSON"),
+    ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+    ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
+    ("keys.jsonl", '{"a": "b"}\n', "row 1 has no column"),
+    ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has no column"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):
     path = tmp_path / name
@@ -64,10 +106,19 @@ def test_bad_files_are_named(tmp_path, name, content, says):
 
 
 def test_wrong_column_and_not_utf8(tmp_path):
-    with pytest.raises(InputError, match="has no column 'sound'; its columns: id, caption"):
+    with pytest.raises(InputError, match="row 1 has no column 'sound'; it has id, caption"):
         read_captions(write(tmp_path / "a.csv", FORMATS["a.csv"]), "sound")
     with pytest.raises(InputError, match="line 3 is not UTF-8"):
         read_captions(write(tmp_path / "l.csv", "caption\nrain\ncafé\n", "latin-1"))
+    with pytest.raises(InputError, match="line 1 is not UTF-8"):
+        read_captions(write(tmp_path / "u.txt", "rain\n", "utf-16"))
+
+
+def test_a_column_that_is_asked_for_is_the_one_that_is_read(tmp_path):
+    """Also in a file of one row that holds a list, which alone would look like {"data": [...]}."""
+    row = '{"tags": ["loud", "near"], "words": "rain"}\n'
+    for rows in (row, 2 * row):
+        assert read_captions(write(tmp_path / "r.jsonl", rows), "words")[0] == ["rain"]
 
 
 def test_an_epoch_holds_every_caption_once():
@@ -81,9 +132,28 @@ def test_an_epoch_holds_every_caption_once():
 def test_a_sample_does_not_depend_on_its_batch():
     args = (7, (4, 2, 3), 20, 981, 999)
     whole, alone = draw_batch(range(5, 9), *args), draw_batch([7], *args)
-    assert all(torch.equal(w[2:3], a) for w, a in zip(whole, alone))
-    z, eps, eps_lora, t, t_lora, u = draw_batch(range(3000), *args)
-    assert 20 <= t.min() < 25 and 975 < t.max() <= 980 and t_lora.min() < 5 and 994 < t_lora.max() <= 999
-    assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02 and abs((z * eps).mean()) < 0.02 and abs(u.mean() - 0.5) < 0.03
-    assert torch.equal(sampling_noise(3, 1, (2, 2)), sampling_noise(3, 1, (2, 2)))
-    assert not torch.equal(sampling_noise(3, 1, (2, 2)), sampling_noise(3, 2, (2, 2)))
+    assert all(torch.equal(w[2:3], a) for w, a in zip(whole, alone, strict=True))
+    other = draw_batch([7], 8, *args[1:])
+    assert not any(torch.equal(a, b) for a, b in zip(alone, other))
+
+
+def test_what_is_drawn_is_spread_as_it_should():
+    z, eps, eps_lora, t, t_lora, u = draw_batch(range(3000), 7, (4, 2, 3), 20, 981, 999)
+    assert 20 <= t.min() < 25 and 975 < t.max() <= 980
+    assert t_lora.min() < 5 and 994 < t_lora.max() <= 999
+    for x in (z, eps, eps_lora):
+        assert x.shape == (3000, 4, 2, 3) and x.dtype == torch.float32
+        assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
+    assert abs((z * eps).mean()) < 0.02 and abs((z * eps_lora).mean()) < 0.02
+    assert abs((eps * eps_lora).mean()) < 0.02
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
+
+
+def test_noise_of_clips_has_a_seed_and_a_number():
+    z = sampling_noise([3, 0, 3], 1, (2, 50, 50))
+    assert z.shape == (3, 2, 50, 50) and torch.equal(z[0], z[2]) and not torch.equal(z[0], z[1])
+    assert torch.equal(sampling_noise([3], 1, (2, 50, 50))[0], z[0])
+    assert not torch.equal(sampling_noise([3], 2, (2, 50, 50))[0], z[0])
+    assert abs(z[0].mean()) < 0.05 and abs(z[0].std() - 1) < 0.05
+    drawn = draw_batch([3], 1, (2, 50, 50), 20, 981, 999)[:3]
+    assert not any(torch.equal(x[0], z[0]) for x in drawn)      # no clip has training's noise

@@ -1,362 +1,368 @@
 import csv
-import importlib
-import importlib.util
 import json
-import math
-import sys
-import types
-import zipfile
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.nn.functional as F
 from conftest import refused
-from transformers.audio_utils import mel_filter_bank
+from test_metrics import write_clap
 
 import eval as evaluate
-from data import InputError
+from extras.cli import InputError
+from extras.metrics import Clap
 from tiny import world
 
-G = torch.Generator().manual_seed(0)
+CAPTIONS = ["a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows"]
+NAMES = [f"Yid{i:02d}.wav" for i in range(12)]
 
-
-def test_frechet_closed_forms():
-    g = torch.Generator().manual_seed(0)
-    for n, d in ((400, 8), (30, 50)):                               # N > D and N < D
-        x = torch.randn(n, d, generator=g).double()
-        assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-8)
-        assert evaluate.frechet(x, x + 2) == pytest.approx(4 * d, rel=1e-9)
-        variance = float(torch.trace(x.T.cov()))
-        assert evaluate.frechet(x - x.mean(0), 2 * (x - x.mean(0))) == pytest.approx(variance, rel=1e-9)     # (2 - 1)^2 tr S
-    # a float64 reference with eigenvalues: tr (Sx Sy)^(1/2) is the sum of the roots of the product's eigenvalues
-    x, y = torch.randn(300, 6, generator=g).double(), torch.randn(200, 6, generator=g).double() @ torch.randn(6, 6, generator=g).double()
-    sx, sy, dm = x.T.cov(), y.T.cov(), x.mean(0) - y.mean(0)
-    expected = dm @ dm + sx.trace() + sy.trace() - 2 * torch.linalg.eigvals(sx @ sy).real.clamp(min=0).sqrt().sum()
-    assert evaluate.frechet(x, y) == pytest.approx(float(expected), rel=1e-9)
-
-
-def test_kl_and_is_closed_forms():
-    z = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
-    uniform = torch.zeros(2, 3)
-    kl = (0.5 * np.log(1.5) + 0.5 * np.log(0.75))
-    assert evaluate.kl_divergence(z, uniform) == pytest.approx(kl, abs=1e-5) and evaluate.kl_divergence(z, z) == pytest.approx(0, abs=1e-5)
-    assert evaluate.inception_score(torch.zeros(20, 3)) == pytest.approx(1) and evaluate.inception_score(torch.eye(3) * 100, 1) == pytest.approx(3)
-    row = evaluate.scores((torch.randn(9, 4), torch.zeros(9, 3)), (torch.randn(9, 4), torch.zeros(9, 3)))
-    assert row["FD"] > 0 and row["KL"] < 1e-5 and row["IS"] is None                         # too few for ten splits
-
-
-def test_metrics_equal_an_independent_float64_computation():
-    e, f = (torch.randn(64, 20, generator=G).relu() for _ in range(2))
-    y, z = (3 * torch.randn(64, 12, generator=G) for _ in range(2))
-    row = evaluate.scores((e, y), (f, z))
-    a, b = e.double().numpy(), f.double().numpy()
-    values, vectors = np.linalg.eigh(np.cov(a.T))
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T                # tr (Sa^1/2 Sb Sa^1/2)^1/2
-    cross = np.sqrt(np.linalg.eigvalsh(root @ np.cov(b.T) @ root).clip(0)).sum()
-    fd = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * cross
-    softmax = lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True)
-    p, q = softmax(y.double().numpy()), softmax(z.double().numpy())
-    kl = (p * np.log(p / (q + 1e-6))).sum(1).mean()
-    shuffled = q[np.random.RandomState(2020).permutation(64)]
-    parts = [shuffled[64 * k // 10:64 * (k + 1) // 10] for k in range(10)]
-    inception = np.mean([np.exp((s * np.log(s / s.mean(0))).sum(1).mean()) for s in parts])
-    assert (row["FD"], row["KL"], row["IS"]) == pytest.approx((fd, kl, inception), rel=1e-5)
-
-
-# ---- audio ----------------------------------------------------------------------------------------------------------
-
-def test_resampling_keeps_a_sine_and_removes_what_does_not_fit():
-    for old, new in ((44100, 16000), (16000, 48000), (48000, 16000), (22050, 16000)):
-        t = lambda rate: torch.arange(rate, dtype=torch.float64) / rate
-        out = evaluate.resample((2 * math.pi * 997 * t(old)).sin(), old, new)
-        assert len(out) == new and (out - (2 * math.pi * 997 * t(new)).sin())[100:-100].abs().max() < 2e-3
-    gone = evaluate.resample((2 * math.pi * 15000 * t(48000)).sin(), 48000, 16000)
-    assert gone[100:-100].abs().max() < 2e-3
-
-
-def test_resampling_is_torchaudio_s():
-    try:
-        from torchaudio.functional import resample
-    except (ImportError, OSError):                                  # not there, or built for another torch
-        pytest.skip("needs torchaudio")
-    x = torch.randn(5000, dtype=torch.float64)                      # in fp32 its own filter is 2e-5 off
-    for old, new in ((44100, 16000), (16000, 48000), (22050, 16000)):
-        assert torch.allclose(evaluate.resample(x, old, new), resample(x, old, new), atol=1e-12)
-
-
-def test_audio_is_the_first_channel_without_its_mean_cut_and_padded(tmp_path):
-    left = np.full(3 * 16000, 0.25, np.float32)
-    left[::2] = 0.75
-    soundfile.write(tmp_path / "a.wav", np.stack([left, np.zeros_like(left)], 1), 16000, "FLOAT")
-    wav = evaluate.read_audio(tmp_path / "a.wav")
-    assert torch.equal(wav, torch.tensor([0.25, -0.25]).repeat(24000))
-    assert len(evaluate.read_audio(tmp_path / "a.wav", 2.5)) == 40000
-    soundfile.write(tmp_path / "b.wav", left[:100], 16000)
-    assert len(evaluate.read_audio(tmp_path / "b.wav")) == 32000
-    (tmp_path / "c.wav").write_bytes(b"RIFF....WAVEfmt ")
-    soundfile.write(tmp_path / "d.wav", left[:0], 16000)
-    soundfile.write(tmp_path / "e.wav", left * np.nan, 16000, "FLOAT")
-    for name in "cde":
-        with pytest.raises(InputError, match=f"{name}.wav"):
-            evaluate.read_audio(tmp_path / f"{name}.wav")
-
-
-# ---- the two networks ----------------------------------------------------------------------------------------------
-
-def cnn14_state():
-    """Random weights under the published names, the front end as the published file holds it."""
-    n, k = torch.arange(512), torch.arange(257)[:, None]
-    window = torch.hann_window(512)
-    state = {"spectrogram_extractor.stft.conv_real.weight": ((2 * math.pi * n * k / 512).cos() * window)[:, None],
-             "spectrogram_extractor.stft.conv_imag.weight": (-(2 * math.pi * n * k / 512).sin() * window)[:, None],
-             "logmel_extractor.melW": torch.from_numpy(mel_filter_bank(257, 64, 50.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")).float()}
-    def norm(name, size):
-        state.update({f"{name}.weight": torch.rand(size) + 0.5, f"{name}.bias": 0.1 * torch.randn(size), f"{name}.running_mean": 0.1 * torch.randn(size),
-                      f"{name}.running_var": torch.rand(size) + 0.5, f"{name}.num_batches_tracked": torch.tensor(7)})
-    norm("bn0", 64)
-    i = 1
-    for block, o in enumerate((64, 128, 256, 512, 1024, 2048), 1):
-        for conv, width in ((1, i), (2, o)):
-            state[f"conv_block{block}.conv{conv}.weight"] = torch.randn(o, width, 3, 3) * (2 / (9 * width)) ** 0.5
-            norm(f"conv_block{block}.bn{conv}", o)
-        i = o
-    for name, o in (("fc1", 2048), ("fc_audioset", 527)):
-        state |= {f"{name}.weight": torch.randn(o, 2048) / 45, f"{name}.bias": torch.randn(o) / 10}
-    return state
-
-
-def test_cnn14(tmp_path):
-    state = cnn14_state()
-    # the published file holds numpy counters, pickled under the names of numpy 1
-    torch.save({"iteration": 3, "model": state, "sampler": {"state": np.arange(3), "at": np.float64(2)}}, tmp_path / "new.pth")
-    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / evaluate.CNN14[0], "w") as old:
-        for item in new.infolist():
-            old.writestr(item, new.read(item).replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray") if item.filename.endswith("data.pkl")
-                         else new.read(item))
-    net, digest = evaluate.load_network(evaluate.Cnn14(), evaluate.CNN14, tmp_path, False)
-    assert len(digest) == 64
-    wav = 0.3 * torch.randn(1, 32000, generator=G)
-    with torch.no_grad():
-        e, logits = net(wav)
-    # the same, layer by layer, from PyTorch's spectrogram and the state's tensors
-    power = torch.stft(wav[0], 512, 160, window=torch.hann_window(512), center=True, pad_mode="reflect", return_complex=True).abs() ** 2
-    x = 10 * torch.log10((power.T @ state["logmel_extractor.melW"]).clamp(min=1e-10))[None, None]                      # (1, 1, T, 64)
-    def norm(x, name, axis):
-        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
-        s = {k: state[f"{name}.{k}"].view(shape) for k in ("weight", "bias", "running_mean", "running_var")}
-        return (x - s["running_mean"]) / (s["running_var"] + 1e-5).sqrt() * s["weight"] + s["bias"]
-    x = norm(x, "bn0", 3)
-    for block in range(1, 7):
-        for conv in (1, 2):
-            x = norm(F.conv2d(x, state[f"conv_block{block}.conv{conv}.weight"], padding=1), f"conv_block{block}.bn{conv}", 1).relu()
-        if block < 6:
-            t, m = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
-            x = (x[:, :, :t:2, :m:2] + x[:, :, 1:t:2, :m:2] + x[:, :, :t:2, 1:m:2] + x[:, :, 1:t:2, 1:m:2]) / 4
-    x = x.mean(3)
-    x = (x.max(2).values + x.mean(2)) @ state["fc1.weight"].T + state["fc1.bias"]
-    assert e.shape == (1, 2048) and torch.allclose(e, x.relu(), atol=2e-3 * float(x.abs().max()))
-    assert torch.allclose(logits, e @ state["fc_audioset.weight"].T + state["fc_audioset.bias"], atol=1e-4)
-
-
-def test_vggish(tmp_path):
-    shapes = {"features.0": (64, 1), "features.3": (128, 64), "features.6": (256, 128), "features.8": (256, 256), "features.11": (512, 256),
-              "features.13": (512, 512), "embeddings.0": (4096, 12288), "embeddings.2": (4096, 4096), "embeddings.4": (128, 4096)}
-    state = {}
-    for name, (o, i) in shapes.items():
-        state[f"{name}.weight"] = torch.randn((o, i, 3, 3) if "features" in name else (o, i)) * (2 / i / (9 if "features" in name else 1)) ** 0.5
-        state[f"{name}.bias"] = 0.1 * torch.randn(o)
-    torch.save(state, tmp_path / evaluate.VGGISH[0])
-    net, _ = evaluate.load_network(evaluate.VGGish(), evaluate.VGGISH, tmp_path, False)
-    wav = 0.3 * torch.randn(1, 163840, generator=G)
-    with torch.no_grad():
-        out = net(wav)
-        assert out.shape == (10, 128) and len(net(wav[:, :160000])) == 10 and out.min() < 0        # 10.24 s and 10 s: 10 patches
-        # the second patch by numpy, TensorFlow's order of axes before the first linear layer
-        frames = np.lib.stride_tricks.sliding_window_view(wav[0].numpy(), 400)[::160][96:192]
-        magnitude = np.abs(np.fft.rfft(frames * np.hanning(401)[:-1], 512))
-        hertz = np.linspace(0, 8000, 257)
-        mel = lambda f: 1127 * np.log(1 + f / 700)
-        edges = np.linspace(mel(125), mel(7500), 66)
-        up = (mel(hertz)[:, None] - edges[:-2]) / np.diff(edges)[:-1]
-        down = (edges[2:] - mel(hertz)[:, None]) / np.diff(edges)[1:]
-        x = torch.from_numpy(np.log(magnitude @ np.maximum(0, np.minimum(up, down)) + 0.01)).float()[None, None]
-        for name in list(shapes)[:6]:
-            x = F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=1).relu()
-            x = F.max_pool2d(x, 2) if name not in ("features.6", "features.11") else x
-        x = x[0].permute(1, 2, 0).flatten()                                                                # (time, mel, channel)
-        for name in list(shapes)[6:]:
-            x = F.linear(x.relu(), state[f"{name}.weight"], state[f"{name}.bias"])
-    assert torch.allclose(out[1], x, atol=1e-3 * float(x.abs().max()))
-
-
-PACKAGES = "panns_inference", "torchlibrosa", "torchvggish", "resampy"
-
-
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, PACKAGES)), reason=f"needs {', '.join(PACKAGES)}")
-def test_the_networks_are_those_of_the_public_packages(tmp_path, monkeypatch):
-    """On random weights under the packages' own names, through their own code."""
-    for name in ("panns_inference", "torchvggish"):                 # without running the packages' start, which downloads
-        package = types.ModuleType(name)
-        package.__path__ = importlib.util.find_spec(name).submodule_search_locations
-        monkeypatch.setitem(sys.modules, name, package)
-    models, examples, vggish = map(importlib.import_module, ("panns_inference.models", "torchvggish.vggish_input", "torchvggish.torchvggish"))
-    wav = 0.1 * torch.randn(2, 160000, generator=G)
-    theirs = models.Cnn14(sample_rate=16000, window_size=512, hop_size=160, mel_bins=64, fmin=50, fmax=8000, classes_num=527).eval()
-    theirs.bn0.running_mean.fill_(-30)
-    theirs.bn0.running_var.fill_(200)
-    torch.save({"model": theirs.state_dict()}, tmp_path / evaluate.CNN14[0])
-    ours, _ = evaluate.load_network(evaluate.Cnn14(), evaluate.CNN14, tmp_path, False)
-    with torch.no_grad():
-        expected, (e, z) = theirs(wav), ours(wav)
-        assert torch.allclose(e, expected["embedding"], atol=1e-5) and torch.allclose(z.sigmoid(), expected["clipwise_output"], atol=1e-5)
-        theirs = vggish.VGG(vggish.make_layers(), postprocess=False).eval()
-        torch.save(theirs.state_dict(), tmp_path / evaluate.VGGISH[0])
-        ours, _ = evaluate.load_network(evaluate.VGGish(), evaluate.VGGISH, tmp_path, False)
-        x = examples.waveform_to_examples(wav[0].double().numpy(), 16000)
-        assert torch.allclose(ours(wav[:1]), theirs.embeddings[:-1](theirs.features(x).permute(0, 2, 3, 1).flatten(1)), atol=1e-6)
-
-
-def test_missing_or_wrong_network_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"Cnn14_16k_mAP=0.438.pth: not there; download it from https://zenodo"):
-        evaluate.load_network(evaluate.Cnn14(), evaluate.CNN14, tmp_path, False)
-    for content in ({"model": {"fc1.weight": torch.zeros(2)}}, {"model": print}):
-        torch.save(content, tmp_path / evaluate.CNN14[0])
-        with pytest.raises(InputError, match="is not the published file or is damaged"):
-            evaluate.load_network(evaluate.Cnn14(), evaluate.CNN14, tmp_path, False)
-
-
-# ---- command lines, offline ------------------------------------------------------------------------------------------
 
 def go(*flags):
-    """eval.py with these flags, in this process."""
-    return evaluate.main([str(f) for f in flags])
+    """Run eval.py with these flags in this process."""
+    return evaluate.main([str(flag) for flag in flags])
 
 
 def refuses(*flags, says):
     with pytest.raises(InputError) as error:
         go(*flags)
-    assert all(word in str(error.value) for word in says), error.value
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in says), message
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def contents(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.glob("*.wav")}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Twelve clips of the tiny world with AudioSet-like names, and a caption list of three captions each."""
+    """Twelve clips with AudioSet-like names, and list.csv: AudioCaps' test.csv in small."""
     folder = tmp_path_factory.mktemp("recordings")
-    rows = []
-    for i, (text, events, join) in enumerate(world.captions()[1][40:52]):
-        soundfile.write(folder / f"Yid{i:02d}.wav", world.render(np.random.default_rng(i), events, join)[0], 16000)
+    rows = [("audiocap_id", "youtube_id", "start_time", "caption")]
+    for i, (name, (text, events, join)) in enumerate(zip(NAMES, world.captions()[1][40:])):
+        wav, _ = world.render(np.random.default_rng(i), events, join)
+        soundfile.write(folder / name, wav, 16000)
         rows += [(k, f"id{i:02d}", 30, text if k == 2 else f"caption {k}") for k in range(3)]
+    rows.append((1, "gone", 0, "no recording of this"))
     with open(folder / "list.csv", "w", newline="") as f:
-        csv.writer(f).writerows([("audiocap_id", "youtube_id", "start_time", "caption"), *rows, (1, "gone", 0, "no recording of this")])
+        csv.writer(f).writerows(rows)
     return folder
-
-
-def test_score(recordings, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    go("score", "--generated", recordings, "--reference", recordings, "--features", "tiny", "--json", "new/s.json")
-    row = json.loads((tmp_path / "new/s.json").read_text())
-    assert row["N"] == 12 and row["FD"] == pytest.approx(0, abs=1e-6) and row["KL"] == pytest.approx(0, abs=1e-3) and row["IS"] >= 1
-    assert row["FAD"] is None and row["CLAP"] is None and set(row["null"]) == {"FAD", "CLAP"}
-    assert row["rate"] == 16000 and row["seconds"] == 10 and len(row["weights"]["classifier"]) == 64 and row["list"][0] == "Yid00.wav"
-    (tmp_path / "t.json").write_text(json.dumps({**row, "N": 11}))
-    refuses("table", "new/s.json", "t.json", says=["N differs (12, 11)"])
-    go("table", "new/s.json", "t.json", "--anyway")
-    output = capsys.readouterr().out
-    assert "warning: these do not compare: N differs" in output and "t.json" in output
-
-
-def test_score_names_what_is_wrong(recordings, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "made").mkdir()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "made/Yid00.wav").write_bytes((recordings / "Yid00.wav").read_bytes()[:40])
-    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated")
-    refused("eval.py", *flags, "made", cwd=tmp_path, says=["made/Yid00.wav", "cannot be read"])
-    refuses(*flags, "empty", says=["empty", "no WAV"])
-    (tmp_path / "made/other.wav").write_bytes((recordings / "Yid00.wav").read_bytes())
-    refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
-    refuses("score", "--reference", recordings, "--generated", recordings, "--weights", ".", says=["Cnn14", "zenodo"])
-    refuses(*flags, recordings, "--clap", tmp_path / "empty", says=["--clap", "cannot be loaded"])
-    refuses(*flags, recordings, "--seconds", 0, says=["--seconds"])
-    (tmp_path / "other.json").write_text("{}")
-    refuses("table", "other.json", says=["other.json", "not written by eval.py"])
-
-
-def test_audiocaps_is_resumed_and_notices_another_system(recordings, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    flags = ("audiocaps", "--captions", recordings / "list.csv", "--which", 2, "--reference", recordings, "--features", "tiny", "--out", "ac",
-             "--teacher", "tiny", "--teacher_steps", 2)
-    go(*flags)
-    output = capsys.readouterr().out
-    assert "13 clips, 1 of them without a recording" in output and "N = 12" in output
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "ac/clips").glob("*.wav")}
-    row = json.loads((tmp_path / "ac/scores.json").read_text())
-    assert json.loads((tmp_path / "ac/clips/manifest.json").read_text())["clips"]["Yid03.wav"] == world.captions()[1][43][0]
-    (tmp_path / "ac/clips/Yid03.wav").unlink()
-    go(*flags)
-    after = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "ac/clips").glob("*.wav")}
-    assert [n for n in before if before[n][1] != after[n][1]] == ["Yid03.wav"]
-    again = json.loads((tmp_path / "ac/scores.json").read_text())
-    for k in ("FD", "KL", "IS"):
-        assert again.pop(k) == pytest.approx(row.pop(k), rel=1e-3)          # a batch of one rounds otherwise than one of eight
-    assert again == row
-    refuses(*flags[:-1], 3, says=["ac/clips", "steps differs"])
-    refuses(*flags[:3], "--which", 3, *flags[5:], says=["fewer than 4 captions", "--which"])
-
-
-def test_json_lines_are_a_caption_list_too(recordings, tmp_path):
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"location": f"data/wav/Yid{i:02d}.wav", "text": f"clip {i}"}) + "\n" for i in range(12)))
-    clips = evaluate.read_clips(str(tmp_path / "list.jsonl"), recordings, 0)
-    assert clips["Yid07.wav"] == "clip 7" and len(clips) == 12
-    with pytest.raises(InputError, match="row 1 holds no caption"):
-        (tmp_path / "bad.jsonl").write_text('{"location": "a.wav"}\n')
-        evaluate.read_clips(str(tmp_path / "bad.jsonl"), recordings, 0)
-    with pytest.raises(InputError, match="holds no WAV"):
-        evaluate.read_clips(str(tmp_path / "list.jsonl"), tmp_path, 0)
 
 
 @pytest.fixture(scope="module")
 def clap(tmp_path_factory):
-    """A small random CLAP model in the published layout."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, RobertaTokenizerFast
-    folder = tmp_path_factory.mktemp("clap")
-    torch.manual_seed(0)
-    text = dict(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=80)
-    audio = dict(patch_embeds_hidden_size=16, depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], hidden_size=128, num_mel_bins=64, spec_size=256)
-    ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=8)).save_pretrained(folder)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a dog barks"], vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    bpe.save_model(str(folder))
-    tokenizer = RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    ClapProcessor(ClapFeatureExtractor(truncation="rand_trunc"), tokenizer).save_pretrained(folder)
-    return folder
+    return write_clap(tmp_path_factory.mktemp("clap"))
 
 
-def test_clap_is_a_cosine_and_does_not_depend_on_luck(clap, recordings, tmp_path):
-    model = evaluate.Clap(str(clap), "cpu")
-    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).standard_normal(12 * 16000) * 0.1, 16000)
-    a, b = (model(tmp_path / "long.wav", ["a dog barks", "rain"], 30) for _ in range(2))
-    assert torch.equal(a, b) and a.shape == (2,) and a.abs().max() <= 1 and a[0] != a[1]
-
-
-def test_clotho(clap, recordings, tmp_path, monkeypatch):
-    """Crops are functions of the seed and the name; the caption is CLAP's choice; a second call changes nothing."""
+@pytest.fixture
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with open(tmp_path / "list.csv", "w", newline="") as f:
-        csv.writer(f).writerows([("file_name", *(f"caption_{k}" for k in range(1, 6)))]
-                                + [(f"Yid{i:02d}.wav", "a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows") for i in range(3)])
-    flags = ("clotho", "--captions", "list.csv", "--reference", recordings, "--features", "tiny", "--clap", clap, "--seconds", 2.0, "--out", "out",
-             "--teacher", "tiny", "--teacher_steps", 1)
+    return tmp_path
+
+
+@pytest.fixture
+def scored(recordings, here):
+    """s.json: the recordings scored against themselves."""
+    go("score", "--generated", recordings, "--reference", recordings, "--features", "tiny",
+       "--json", "new/s.json")
+    return load(here / "new/s.json")
+
+
+# ---- score and table ---------------------------------------------------------------------------
+
+def test_recordings_are_perfect_beside_themselves(scored):
+    assert scored["N"] == 12 and scored["IS"] >= 1
+    assert scored["FD"] == pytest.approx(0, abs=1e-6)
+    assert scored["KL"] == pytest.approx(0, abs=1e-3)
+    assert scored["FAD"] is None and scored["CLAP"] is None
+    assert set(scored["null"]) == {"FAD", "CLAP"}
+
+
+def test_a_row_says_how_it_was_made(scored):
+    assert scored["rate"] == 16000 and scored["seconds"] == 10
+    assert len(scored["weights"]["classifier"]) == 64 and scored["list"] == NAMES
+    assert scored["captions"] is None and scored["crop_seed"] is None
+
+
+@pytest.fixture
+def tf32():
+    """The two switches, on: of cuDNN's convolutions and of matrix products."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value
+
+
+@pytest.mark.parametrize("flags", [
+    ("score", "--generated"),
+    ("audiocaps", "--teacher", "tiny", "--teacher_steps", 1, "--precision", "auto", "--captions",
+     "one.jsonl", "--out")])
+def test_scores_are_taken_in_true_fp32(flags, recordings, here, tf32):
+    """With TF32, a GPU's default in convolutions, a network has 10 bits of mantissa for 23."""
+    (here / "made").mkdir()
+    (here / "made" / NAMES[0]).write_bytes((recordings / NAMES[0]).read_bytes())
+    write_lines(here / "one.jsonl", [{"file": NAMES[0], "text": "a dog barks"}])
+    go(*flags, "made", "--reference", recordings, "--features", "tiny")
+    assert not any(switch.allow_tf32 for switch in tf32)
+
+
+def test_rows_that_do_not_compare_are_refused_or_marked(scored, here, capsys):
+    for key, value, says in (("N", 11, "N differs (12, 11)"), ("seconds", 5, "seconds differs"),
+                             ("crop_seed", 1, "crop_seed differs (None, 1)"),
+                             ("list", ["a.wav"], "list differs"), ("rate", 8000, "rate differs")):
+        (here / "t.json").write_text(json.dumps({**scored, key: value}))
+        refuses("table", "new/s.json", "t.json", says=[says, "--anyway"])
+        capsys.readouterr()
+        go("table", "new/s.json", "t.json", "--anyway")
+        head, line, first, second = capsys.readouterr().out.splitlines()
+        assert head == f"warning: these do not compare: {says}"
+        assert first.startswith("new/s.json") and second.startswith("t.json")
+        assert line.split() == ["N", "FD", "FAD", "KL", "IS", "CLAP", "captions"]
+
+
+def test_rows_of_older_versions_still_stand_in_a_table(scored, here, capsys):
+    old = {k: v for k, v in scored.items() if k not in ("captions", "crop_seed")}
+    (here / "old.json").write_text(json.dumps(old))
+    (here / "named.json").write_text(json.dumps({**scored, "captions": "test.csv"}))
+    go("table", "old.json", "new/s.json", "named.json")
+    *_, older, newer, named = capsys.readouterr().out.splitlines()
+    assert older.split()[1:] == newer.split()[1:] and newer.split()[-1] == "-"
+    assert named.split()[1] == "12" and named.split()[-1] == "test.csv"
+
+
+def test_a_table_of_other_files_is_refused(here):
+    for content in ("{}", "[1]"):
+        (here / "other.json").write_text(content)
+        refuses("table", "other.json", says=["other.json", "not written by eval.py"])
+    refused("eval.py", "table", "none.json", cwd=here, says=["none.json"])
+
+
+def test_score_names_what_is_wrong(recordings, here):
+    (here / "made").mkdir()
+    (here / "empty").mkdir()
+    first = (recordings / NAMES[0]).read_bytes()
+    (here / "made" / NAMES[0]).write_bytes(first[:40])
+    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated")
+    refused("eval.py", *flags, "made", cwd=here, says=[f"made/{NAMES[0]}", "cannot be read"])
+    refuses(*flags, "empty", says=["empty", "no WAV"])
+    (here / "made/other.wav").write_bytes(first)
+    refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
+    refuses(*flags, recordings, "--clap", here / "empty", says=["--clap", "cannot be loaded"])
+    refuses("score", "--reference", recordings, "--generated", recordings, "--weights", ".",
+            says=["Cnn14", "zenodo"])
+
+
+@pytest.mark.parametrize("flags, flag", [
+    (("score", "--seconds", 0), "--seconds"), (("score", "--seconds", "nan"), "--seconds"),
+    (("score", "--seconds", "inf"), "--seconds"), (("audiocaps", "--which", -1), "--which"),
+    (("clotho", "--crop_seed", -1), "--crop_seed"), (("clotho", "--which", 0), "--which"),
+    (("audiocaps", "--seed", "x"), "--seed"), ((), "score"), (("compare",), "compare")])
+def test_bad_flags_are_refused_at_once(flags, flag, here):
+    needed = ("--reference", "none", "--captions", "none.csv", "--out", "out")
+    if "score" in flags:
+        needed = ("--reference", "none", "--generated", "none")
+    refuses(*flags, *(needed if flags else ()), says=[flag])
+    assert not list(here.iterdir())
+
+
+def test_clap_takes_the_prompts_of_the_manifest(recordings, clap, here, capsys):
+    (here / "made").mkdir()
+    for name in NAMES[:2]:
+        (here / "made" / name).write_bytes((recordings / name).read_bytes())
+    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated", "made",
+             "--clap", clap, "--json", "s.json")
     go(*flags)
-    row, first = json.loads((tmp_path / "out/scores.json").read_text()), (tmp_path / "out/reference/Yid01.wav").read_bytes()
-    assert row["N"] == 3 and row["CLAP"] is not None and row["IS"] is None and row["null"]["IS"] == "fewer than 10 clips"
-    whole, crop = soundfile.read(recordings / "Yid01.wav")[0], soundfile.read(tmp_path / "out/reference/Yid01.wav")[0]
-    assert len(crop) == 32000 and any(np.array_equal(whole[i:i + 32000], crop) for i in range(len(whole) - 32000 + 1))
-    captions = ["a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows"]
-    assert row["list"]["Yid01.wav"] == captions[int(evaluate.Clap(str(clap), "cpu")(tmp_path / "out/reference/Yid01.wav", captions, 2.0).argmax())]
+    assert load(here / "s.json")["null"]["CLAP"] == "no manifest.json with prompts"
+
+    rows = [{"file": name, "prompt": text} for name, text in zip(NAMES, CAPTIONS[:2])]
+    (here / "made/manifest.json").write_text(json.dumps(rows))          # as of sample.py
     go(*flags)
-    assert (tmp_path / "out/reference/Yid01.wav").read_bytes() == first and json.loads((tmp_path / "out/scores.json").read_text()) == row
-    refuses(*flags, "--seed", 1, says=["out/clips", "seed differs"])
+    model = Clap(clap, "cpu")
+    expected = np.mean([float(model(recordings / row["file"], [row["prompt"]], 10))
+                        for row in rows])
+    assert load(here / "s.json")["CLAP"] == pytest.approx(expected, abs=1e-6)
+
+    (here / "made/manifest.json").write_text(json.dumps(rows[:1]))
+    refuses(*flags, says=["made/manifest.json", NAMES[1], "without --clap"])
+
+
+# ---- caption lists -----------------------------------------------------------------------------
+
+def test_auffusions_list_is_read_as_it_is_published(recordings, tmp_path, capsys):
+    """JSON lines in a file that ends in .json; names with a start time and without a Y."""
+    for name in NAMES[:3]:
+        target = tmp_path / "recordings" / f"{name[:-4]}_30.wav"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((recordings / name).read_bytes())
+    (tmp_path / "recordings/Yid01_30.wav").rename(tmp_path / "recordings/id01_30.wav")
+    rows = [{"dataset_name": "AudioCaps", "audio_path": f"/data/audiocaps/data/id{i:02d}_30.wav",
+             "text": f"clip {i}"} for i in range(5)]
+    path = write_lines(tmp_path / "test_audiocaps.raw.json", rows)
+    clips = evaluate.read_clips(str(path), tmp_path / "recordings", 0)
+    assert clips == {"Yid00_30.wav": "clip 0", "id01_30.wav": "clip 1", "Yid02_30.wav": "clip 2"}
+    assert "5 clips, 2 of them without a recording" in capsys.readouterr().out
+
+
+LISTS = {
+    "a.csv": "file_name,caption_1,caption_2\nYid00.wav,one,two\nYid01.wav,three,four\n",
+    "a.tsv": "name\tcaption\nYid00\tone\nYid00\ttwo\nid01\tthree\nid01\tfour\n",
+    "a.json": json.dumps({"data": [{"id": "id00", "captions": ["one", "two"]},
+                                   {"id": "id01", "captions": ["three", " four "]}]}),
+    "a.jsonl": '{"location": "x/Yid00.flac", "text": "one"}\n{"location": "id00", "text": "two"}\n'
+               '{"location": "Yid01", "text": "three"}\n{"location": "id01", "text": "four"}\n'}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_all_kinds_of_lists_are_read(name, recordings, tmp_path):
+    (tmp_path / name).write_text(LISTS[name])
+    clips = evaluate.read_clips(str(tmp_path / name), recordings)
+    assert clips == {"Yid00.wav": ["one", "two"], "Yid01.wav": ["three", "four"]}
+    assert evaluate.read_clips(str(tmp_path / name), recordings, 1)["Yid01.wav"] == "four"
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("bad.jsonl", '{"location": "Yid00.wav"}\n', ["row 1 holds no caption"]),
+    ("bad.jsonl", '{"location": "a", "text": "b"}\n{"location": "a", "text": " "}', ["row 2"]),
+    ("bad.jsonl", '{"location": "a"\n', ["line 2 is not JSON"]),
+    ("bad.txt", "a dog barks\n", ["row 1 holds no caption"]),
+    ("bad.csv", "file,caption\nYid00.wav\n", ["row 1 holds no caption"]),
+    ("bad.csv", "youtube_id,caption\nnone,a dog\n", ["holds no WAV", "none"]),
+    ("bad.xls", "", ["unknown ending"]), ("bad.csv", None, ["no such file"])])
+def test_a_bad_list_is_named_with_its_row(name, text, says, recordings, here):
+    if text is not None:
+        (here / name).write_text(text)
+    refuses("audiocaps", "--captions", name, "--reference", recordings, "--out", "out",
+            says=[name, *says])
+    assert not (here / "out").exists()
+
+
+# ---- the paper's protocols ---------------------------------------------------------------------
+
+def test_audiocaps_is_resumed_and_notices_another_system(recordings, here, capsys):
+    flags = ("audiocaps", "--captions", recordings / "list.csv", "--reference", recordings,
+             "--features", "tiny", "--out", "ac", "--teacher", "tiny", "--which", 2)
+    go(*flags, "--teacher_steps", 2)
+    output = capsys.readouterr().out
+    assert "13 clips, 1 of them without a recording" in output and "N = 12" in output
+    before, row = contents(here / "ac/clips"), load(here / "ac/scores.json")
+    texts = {name: world.captions()[1][40 + i][0] for i, name in enumerate(NAMES)}
+    assert load(here / "ac/clips/manifest.json")["clips"] == row["list"] == texts
+
+    (here / "ac/clips" / NAMES[3]).unlink()
+    go(*flags, "--teacher_steps", 2)
+    after, again = contents(here / "ac/clips"), load(here / "ac/scores.json")
+    assert [name for name in before if before[name][1] != after[name][1]] == [NAMES[3]]
+    for key in ("FD", "KL", "IS"):                      # a batch of one rounds otherwise
+        assert again.pop(key) == pytest.approx(row.pop(key), rel=1e-3)
+    assert again == row
+    refuses(*flags, "--teacher_steps", 3, says=["ac/clips", "steps differs"])
+    refuses(*flags, "--teacher_steps", 2, "--seed", 1, says=["ac/clips", "seed differs"])
+    refuses(*flags, "--which", 3, says=["fewer than 4 captions", "--which"])
+    assert contents(here / "ac/clips") == after
+
+
+def test_a_row_names_its_clips_and_the_list(recordings, here, capsys):
+    rows = [{"audio_path": f"/data/{name}", "text": "rain falls"} for name in NAMES[:2]]
+    write_lines(here / "list.raw.json", rows)
+    go("audiocaps", "--captions", here / "list.raw.json", "--reference", recordings, "--features",
+       "tiny", "--out", "ac", "--teacher", "tiny", "--teacher_steps", 1)
+    row = load(here / "ac/scores.json")
+    assert row["captions"] == "list.raw.json" and row["N"] == 2 and row["crop_seed"] is None
+    head, line = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    assert dict(zip(head, line[1:]))["N"] == "2" and head[-1] == "captions"
+    assert line[0] == "ac/clips" and line[-1] == "list.raw.json"
+    go("table", "ac/scores.json")
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:] == line[1:]
+
+
+def test_a_clip_depends_on_its_name_and_prompt_and_not_on_the_rest_of_the_list(recordings, here):
+    flags = ("audiocaps", "--reference", recordings, "--features", "tiny", "--teacher", "tiny",
+             "--teacher_steps", 1, "--batch_size", 1, "--precision", "fp32")
+    for out, names in (("all", NAMES[:3]), ("one", NAMES[2:3])):
+        rows = [{"file": name, "text": f"caption of {name}"} for name in names]
+        write_lines(here / f"{out}.jsonl", rows)
+        go(*flags, "--captions", here / f"{out}.jsonl", "--out", out)
+    clips = [soundfile.read(here / out / "clips" / NAMES[2])[0] for out in ("all", "one")]
+    np.testing.assert_array_equal(*clips)
+    others = soundfile.read(here / "all/clips" / NAMES[1])[0]
+    assert not np.array_equal(clips[0], others)
+
+    before = contents(here / "all/clips")
+    changed = [{"file": name, "text": f"caption of {name}"} for name in NAMES[:2]]
+    write_lines(here / "all.jsonl", [*changed, {"file": NAMES[2], "text": "rain falls"}])
+    go(*flags, "--captions", here / "all.jsonl", "--out", "all")
+    after = contents(here / "all/clips")
+    assert [name for name in before if before[name] != after[name]] == [NAMES[2]]
+    assert before[NAMES[2]][0] != after[NAMES[2]][0]                    # made anew
+
+
+def test_a_system_that_cannot_be_is_refused_before_anything_is_written(recordings, here, clap):
+    flags = ("--captions", recordings / "list.csv", "--reference", recordings, "--features",
+             "tiny", "--clap", clap, "--out", "out")
+    for command in ("audiocaps", "clotho"):
+        refuses(command, *flags, "--guidance", 3, says=["--guidance", "--teacher_steps"])
+        refuses(command, *flags, "--student", here, says=[str(here)])
+    assert not list(here.iterdir())
+
+
+@pytest.fixture
+def clotho(recordings, here, clap):
+    """A function that runs `eval.py clotho` on three recordings of five captions each."""
+    with open(here / "list.csv", "w", newline="") as f:
+        rows = [(name, *CAPTIONS) for name in NAMES[:3]]
+        head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
+        csv.writer(f).writerows([head, *rows])
+
+    def run(*flags, out="out"):
+        go("clotho", "--captions", "list.csv", "--reference", recordings, "--features", "tiny",
+           "--clap", clap, "--seconds", 2.0, "--teacher", "tiny", "--teacher_steps", 1,
+           "--out", out, *flags)
+        return load(here / out / "scores.json")
+
+    return run
+
+
+def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
+        clotho, recordings, here, clap):
+    row = clotho()
+    assert row["N"] == 3 and row["CLAP"] is not None
+    assert row["IS"] is None and row["null"]["IS"] == "fewer than 10 clips"
+    assert row["captions"] == "list.csv" and row["crop_seed"] == 0
+
+    path = here / "out/reference" / NAMES[1]
+    whole, crop = soundfile.read(recordings / NAMES[1])[0], soundfile.read(path)[0]
+    starts = range(len(whole) - 32000 + 1)
+    assert len(crop) == 32000
+    assert any(np.array_equal(whole[start:start + 32000], crop) for start in starts)
+    cosines = Clap(clap, "cpu")(path, CAPTIONS, 2.0)
+    assert row["list"][NAMES[1]] == CAPTIONS[int(cosines.argmax())]
+
+    first = path.read_bytes()
+    assert clotho() == row and path.read_bytes() == first
+
+
+def test_crops_have_a_seed_of_their_own(clotho, here):
+    """The noise of the clips must not move the recordings that they are scored against."""
+    def crops(out):
+        return {name: content for name, (content, _) in contents(here / out / "reference").items()}
+
+    first = clotho()
+    noise = clotho("--seed", 1, out="noise")
+    moved = clotho("--crop_seed", 1, out="moved")
+    assert crops("noise") == crops("out") and noise["list"] == first["list"]
+    assert contents(here / "noise/clips") != contents(here / "out/clips")
+    assert all(crops("moved")[name] != content for name, content in crops("out").items())
+    assert moved["crop_seed"] == 1
+    go("table", "out/scores.json", "noise/scores.json")
+    refuses("table", "out/scores.json", "moved/scores.json", says=["crop_seed differs (0, 1)"])

@@ -1,8 +1,10 @@
+"""Adapters by hand against PEFT, diffusers and the merged weights."""
 import copy
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_layers, lora_state, save_lora
@@ -29,20 +31,21 @@ def randomise(unet):
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_equals_peft_and_off_is_the_base(unet, targets, tmp_path):
-    base, reference = copy.deepcopy(unet), call(unet)
-    keys = set(unet.state_dict())
+    base, reference, keys = copy.deepcopy(unet), call(unet), set(unet.state_dict())
     inject(unet, targets, rank=3, alpha=5)
-    torch.testing.assert_close(call(unet), reference, rtol=1e-4, atol=1e-5)       # B = 0; memory formats may round otherwise
-    assert keys <= set(unet.state_dict())                           # the base's weights keep their names
+    torch.testing.assert_close(call(unet), reference, rtol=1e-4, atol=1e-5)             # B = 0
+    assert keys <= set(unet.state_dict())                   # the base's weights keep their names
+
     randomise(unet)
     on = call(unet)
     assert (on - reference).abs().max() > 1e-3
     with lora_disabled(unet):
         assert torch.equal(call(unet), reference)
+
     save_lora(unet, tmp_path, 3, 5)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(call(theirs), on, rtol=1e-4, atol=1e-5)
-    assert sum("lora_A" in n for n, _ in theirs.named_parameters()) == len(lora_layers(unet))
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(lora_layers(unet))
 
 
 def test_diffusers_loads_it(unet, tmp_path):
@@ -50,7 +53,8 @@ def test_diffusers_loads_it(unet, tmp_path):
     inject(unet, "attention", rank=3, alpha=5)
     randomise(unet)
     save_lora(unet, tmp_path, 3, 5)
-    base.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors", prefix="base_model.model")
+    base.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors",
+                           prefix="base_model.model")
     torch.testing.assert_close(call(base), call(unet), rtol=1e-4, atol=1e-5)
 
 
@@ -61,41 +65,73 @@ def test_target_counts(unet):
         inject(copied, targets, 2, 2)
         counts[targets] = len(lora_layers(copied))
     attentions = 2 * sum(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules())
+    convolutions = sum(type(m) is nn.Conv2d for m in unet.modules())
     assert counts["qv"] == 2 * attentions and counts["attention"] == 4 * attentions
     assert counts["linear"] == sum(type(m) is nn.Linear for m in unet.modules())
-    assert counts["all"] == counts["linear"] + sum(type(m) is nn.Conv2d for m in unet.modules())
+    assert counts["all"] == counts["linear"] + convolutions
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1), nn.Conv2d(6, 5, 1, bias=False)])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1),
+                                   nn.Conv2d(6, 5, 1, bias=False)])
 def test_equals_the_merged_layer(layer):
-    network = nn.Sequential(layer)
-    weight = layer.weight.detach().clone()
+    network = nn.Sequential(copy.deepcopy(layer))
     inject(network, "all", rank=2, alpha=6)
     randomise(network)
     a, b = network[0].lora_A.weight, network[0].lora_B.weight
-    delta = 3 * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    delta = 3 * (b.flatten(1) @ a.flatten(1)).view_as(layer.weight)
     x = torch.randn(4, 6) if isinstance(layer, nn.Linear) else torch.randn(4, 6, 9, 8)
-    expected = torch.func.functional_call(layer, {"weight": weight + delta}, (x,))
+    expected = torch.func.functional_call(layer, {"weight": layer.weight + delta}, (x,))
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_adapters_train_and_state_round_trips(unet):
+def test_layers_are_adapted_in_place(unet):
+    """The same modules and the same memory as before, so that nothing is held twice."""
+    modules = dict(unet.named_modules())
+    memory = {name: p.data_ptr() for name, p in unet.named_parameters()}
+    inject(unet, "all", 2, 2)
+    assert all(dict(unet.named_modules())[name] is m for name, m in modules.items())
+    parameters = dict(unet.named_parameters())
+    assert all(parameters[name].data_ptr() == place for name, place in memory.items())
+    new = {name for name in parameters if name not in memory}
+    assert new == {name for name in parameters if "lora_" in name}
+
+
+def test_the_seed_decides_the_adapters(plain):
+    def state(seed):
+        torch.manual_seed(seed)
+        unet = load_unet(plain)
+        inject(unet, "all", 2, 2)
+        return lora_state(unet)
+
+    one, again, other = state(0), state(0), state(1)
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    assert all(torch.equal(one[k], other[k]) == ("lora_B" in k) for k in one)
+    assert all(one[k].any() == ("lora_A" in k) for k in one)                # B is zero at first
+
+
+def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
     parameters = inject(unet, "all", 2, 2)
     randomise(unet)
     call(unet).square().mean().backward()
-    assert {n for n, p in unet.named_parameters() if p.requires_grad} == {n for n, _ in unet.named_parameters() if "lora_" in n}
-    assert all(p.grad is not None for p in parameters) and len(parameters) == 2 * len(lora_layers(unet))
-    state, before = lora_state(unet), call(unet)
+    trainable = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    assert set(trainable) == {name for name, _ in unet.named_parameters() if "lora_" in name}
+    assert {id(p) for p in parameters} == {id(p) for p in trainable.values()}
+    assert len(parameters) == 2 * len(lora_layers(unet))
+    assert all(p.grad is not None for p in parameters)
+
+    before = call(unet)
+    save_lora(unet, tmp_path, 2, 2)
     for p in parameters:
         p.data.zero_()
-    load_lora_state(unet, {k: v.clone() for k, v in state.items()})
-    assert not torch.equal(call(unet), before)                      # the state shares memory with the zeroed weights
-    randomise(unet)
-    saved = {k: v.clone() for k, v in lora_state(unet).items()}
-    for p in parameters:
-        p.data.zero_()
+    assert not torch.equal(call(unet), before)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == lora_state(unet).keys()
     load_lora_state(unet, saved)
     assert torch.equal(call(unet), before)
+
+    saved.popitem()
+    with pytest.raises(KeyError, match="base_model.model"):
+        load_lora_state(unet, saved)
 
 
 def test_disabling_nests_and_survives_errors(unet):

@@ -1,11 +1,12 @@
+"""The equations against closed forms, diffusers, and the papers' own notation."""
 import diffusers
 import pytest
 import torch
 
-from losses import diffuse, lora_loss, tv_loss, vsd_loss
-from model import guided, one_step
+from losses import diffuse, guided, lora_loss, one_step, tv_loss, vsd_loss
 
-SCHEDULE = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+SCHEDULE = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085,
+                                   beta_end=0.012, clip_sample=False)
 ALPHA, SIGMA = SCHEDULE.alphas_cumprod.sqrt(), (1 - SCHEDULE.alphas_cumprod).sqrt()
 
 
@@ -13,30 +14,39 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class GaussianTeacher:
-    """The exact denoiser of data N(mean, std^2), element by element: eps = sigma (x - alpha mean) / (alpha^2 std^2 + sigma^2)."""
+def of(values, t):
+    return values[t].view(-1, 1, 1, 1)
+
+
+class Gaussian:
+    """The exact denoiser of data N(mean, std^2), element by element."""
 
     def __init__(self, mean, std):
         self.mean, self.std = mean, std
 
     def __call__(self, x, t, text):
-        a, s = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
+        a, s = of(ALPHA, t), of(SIGMA, t)
         return s * (x - a * self.mean) / (a ** 2 * self.std ** 2 + s ** 2)
 
 
+REAL, FAKE = Gaussian(1.0, 0.5), Gaussian(0.0, 1.0)
+
+
 def test_eq1_is_diffusers_one_step():
-    eps, z = noise(2, 4, 8, 8, seed=1), noise(2, 4, 8, 8)
-    seen = {}
-    teacher = type("T", (), dict(T=999, alpha=ALPHA, sigma=SIGMA))
+    eps, z, seen = noise(2, 4, 8, 8, seed=1), noise(2, 4, 8, 8), {}
+
     def student(x, t, text):
         seen.update(x=x, t=t.tolist(), text=text)
         return eps
+
     SCHEDULE.set_timesteps(1)
     expected = SCHEDULE.step(eps, 999, z).pred_original_sample
-    torch.testing.assert_close(one_step(student, z, "y", teacher), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one_step(student, z, "y", ALPHA, SIGMA), expected,
+                               rtol=1e-5, atol=1e-5)
     assert seen["t"] == [999, 999] and seen["text"] == "y" and seen["x"] is z
-    assert one_step(student, z, "y", teacher, "direct") is eps
-    assert ALPHA[-1] == pytest.approx(0.068265, abs=1e-6) and SIGMA[-1] == pytest.approx(0.997667, abs=1e-6)
+    assert one_step(student, z, "y", ALPHA, SIGMA, "direct") is eps
+    assert ALPHA[-1] == pytest.approx(0.068265, abs=1e-6)
+    assert SIGMA[-1] == pytest.approx(0.997667, abs=1e-6)
 
 
 def test_eq2_is_diffusers_add_noise():
@@ -45,59 +55,75 @@ def test_eq2_is_diffusers_add_noise():
 
 
 def test_guidance():
+    batches = []
+
     def eps(x, t, text):
+        batches.append((x.tolist(), t.tolist()))
         return text.sum((1, 2))[:, None, None, None] * torch.ones_like(x)
-    x, t, text, null = noise(2, 1, 1, 3), torch.tensor([1, 2]), torch.tensor([3.0, 5.0])[:, None, None], torch.ones(1, 1, 1)
-    assert guided(eps, x, t, text, null, 1)[:, 0, 0, 0].tolist() == [3, 5]
-    assert guided(eps, x, t, text, null, 2.5)[:, 0, 0, 0].tolist() == [1 + 2.5 * 2, 1 + 2.5 * 4]
-    assert guided(eps, x, t, text, null, 0)[:, 0, 0, 0].tolist() == [1, 1]
 
-
-def test_dmd_s_weighting_is_its_published_form():
-    """DMD's eq. 8 in x0: the difference of the two networks' clips over the mean distance of the teacher's from x0."""
-    x0, t, eps = noise(3, 2, 4, 5).requires_grad_(), torch.tensor([30, 400, 970]), noise(3, 2, 4, 5, seed=1)
-    teacher, fake = GaussianTeacher(1.0, 0.5), GaussianTeacher(0.0, 1.0)
-    vsd_loss(x0, t, eps, None, teacher, fake, ALPHA, SIGMA, "dmd").sum().backward()
-    a, s = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
-    x_t = a * x0.detach() + s * eps
-    real, false = ((x_t - s * net(x_t, t, None)) / a for net in (teacher, fake))
-    expected = (false - real) / (x0.detach() - real).abs().mean((1, 2, 3), keepdim=True) / x0[0].numel()
-    torch.testing.assert_close(x0.grad, expected, rtol=1e-3, atol=1e-6)
+    x, t = noise(2, 1, 1, 3), torch.tensor([1, 2])
+    text, null = torch.tensor([3.0, 5.0])[:, None, None], torch.ones(1, 1, 1)
+    for scale, expected in ((2.5, [1 + 2.5 * 2, 1 + 2.5 * 4]), (0, [1, 1])):
+        assert guided(eps, null, scale)(x, t, text)[:, 0, 0, 0].tolist() == expected
+    assert batches == 2 * [(2 * x.tolist(), [1, 2, 1, 2])]     # one batch of both halves
+    assert guided(eps, null, 1) is eps
 
 
 def test_eq3_gradient_value_and_zero():
     x0 = noise(3, 2, 4, 5).requires_grad_()
     t, eps = torch.tensor([30, 400, 970]), noise(3, 2, 4, 5, seed=1)
-    teacher, fake = GaussianTeacher(1.0, 0.5), GaussianTeacher(0.0, 1.0)
-    loss = vsd_loss(x0, t, eps, None, teacher, fake, ALPHA, SIGMA)
+    loss = vsd_loss(x0, t, eps, None, REAL, FAKE, ALPHA, SIGMA)
     loss.sum().backward()
+
     x_t = diffuse(x0.detach(), t, eps, ALPHA, SIGMA)
-    expected = SIGMA[t].view(-1, 1, 1, 1) ** 2 * (teacher(x_t, t, None) - fake(x_t, t, None))
-    torch.testing.assert_close(x0.grad * 40, expected, rtol=1e-4, atol=1e-6)       # 40 elements a sample
+    expected = of(SIGMA, t) ** 2 * (REAL(x_t, t, None) - FAKE(x_t, t, None))
+    torch.testing.assert_close(x0.grad * 40, expected, rtol=1e-4, atol=1e-6)    # 40 elements each
     torch.testing.assert_close(loss, 0.5 * expected.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-7)
+
     x0.grad = None
-    vsd_loss(x0, t, eps, None, teacher, teacher, ALPHA, SIGMA).sum().backward()
+    vsd_loss(x0, t, eps, None, REAL, REAL, ALPHA, SIGMA).sum().backward()
     assert x0.grad.abs().max() == 0
+
+
+def test_dmd_s_weighting_is_dmd_s_gradient_without_its_alpha():
+    """Eq. 7 and 8 of arXiv 2311.18828, with the scores and clips that the denoisers imply."""
+    x0 = noise(3, 2, 4, 5).requires_grad_()
+    t, eps = torch.tensor([30, 400, 970]), noise(3, 2, 4, 5, seed=1)
+    vsd_loss(x0, t, eps, None, REAL, FAKE, ALPHA, SIGMA, "dmd").sum().backward()
+
+    x, a, s = x0.detach().double(), of(ALPHA, t).double(), of(SIGMA, t).double()
+    x_t = a * x + s * eps.double()
+    mu_real, mu_fake = ((x_t - s * net(x_t, t, None).double()) / a for net in (REAL, FAKE))
+    s_real, s_fake = (-(x_t - a * mu) / s ** 2 for mu in (mu_real, mu_fake))
+    w_t = s ** 2 / a / (mu_real - x).abs().mean((1, 2, 3), keepdim=True)
+    paper = w_t * a * (s_fake - s_real)
+    torch.testing.assert_close(a * x0.grad * x0[0].numel(), paper, rtol=1e-3, atol=1e-6,
+                               check_dtype=False)
 
 
 def test_no_gradient_reaches_the_teachers():
     weight = torch.ones((), requires_grad=True)
+
     def network(x, t, text):
         return weight * x
-    x0 = noise(1, 1, 1, 4).requires_grad_()
-    loss = vsd_loss(x0, torch.tensor([500]), noise(1, 1, 1, 4), None, network, GaussianTeacher(0, 1), ALPHA, SIGMA)
-    loss.sum().backward()
+
+    x0, t, eps = noise(1, 1, 1, 4).requires_grad_(), torch.tensor([500]), noise(1, 1, 1, 4)
+    vsd_loss(x0, t, eps, None, network, FAKE, ALPHA, SIGMA).sum().backward()
+    vsd_loss(x0, t, eps, None, REAL, network, ALPHA, SIGMA).sum().backward()
     assert weight.grad is None and x0.grad.abs().max() > 0
+
     x0.grad = None
-    lora_loss(x0, torch.tensor([500]), noise(1, 1, 1, 4), None, network, ALPHA, SIGMA).sum().backward()
+    lora_loss(x0, t, eps, None, network, ALPHA, SIGMA).sum().backward()
     assert x0.grad is None and weight.grad != 0
 
 
 def test_eq6_total_variation_closed_forms():
-    ramp = torch.arange(5.0).expand(2, 3, 4, 5)                     # steps of 1 along time, constant along frequency
-    assert tv_loss(3 * ramp).tolist() == [3, 3] and tv_loss(3 * ramp, "l2").tolist() == [9, 9]
+    ramp = torch.arange(5.0).expand(2, 3, 4, 5)             # rises by 1 a frame, alike in all rows
+    assert tv_loss(3 * ramp).tolist() == [3, 3]
+    assert tv_loss(3 * ramp, "l2").tolist() == [9, 9]
     assert tv_loss(ramp.transpose(2, 3)[..., :4]).tolist() == [0, 0]
     assert tv_loss(ramp, "none").tolist() == [0, 0]
+
     step = torch.zeros(1, 1, 1, 9)
     step[..., 4:] = 2.0
     assert tv_loss(step).item() == pytest.approx(2 / 8)
@@ -112,33 +138,38 @@ def test_eq8_closed_forms():
 
 
 def test_eq8_weighted_like_v_is_the_error_of_v():
-    x0, eps, t, guess = noise(2, 2, 4, 5), noise(2, 2, 4, 5, seed=1), torch.tensor([100, 900]), noise(2, 2, 4, 5, seed=2)
-    x_t, schedule = diffuse(x0, t, eps, ALPHA, SIGMA), diffusers.DDIMScheduler.from_config(SCHEDULE.config)
-    a, s = ALPHA[t].view(-1, 1, 1, 1), SIGMA[t].view(-1, 1, 1, 1)
-    v_hat = a * guess - s * (x_t - s * guess) / a                   # of the clip that the guessed noise implies
+    x0, eps, t = noise(2, 2, 4, 5), noise(2, 2, 4, 5, seed=1), torch.tensor([100, 900])
+    guess = noise(2, 2, 4, 5, seed=2)
+    x_t, a, s = diffuse(x0, t, eps, ALPHA, SIGMA), of(ALPHA, t), of(SIGMA, t)
+    v_guessed = a * guess - s * (x_t - s * guess) / a       # of the clip that the guess implies
+    error = v_guessed - SCHEDULE.get_velocity(x0, eps, t)
     loss = lora_loss(x0, t, eps, None, lambda x, t, y: guess, ALPHA, SIGMA, "v")
-    torch.testing.assert_close(loss, (v_hat - schedule.get_velocity(x0, eps, t)).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
 def test_distilling_a_gaussian_converges():
-    """Eq. 1, 3 and 8 together, on data N(mean, std^2) in two dimensions: the student must find mean and std."""
-    mean, std = torch.tensor([1.5, -0.5]).view(1, 1, 1, 2), torch.tensor([0.4, 0.8]).view(1, 1, 1, 2)
-    teacher = GaussianTeacher(mean, std)
-    a, b = torch.ones(1, 1, 1, 2, requires_grad=True), torch.zeros(1, 1, 1, 2, requires_grad=True)
-    m, log_s = torch.zeros(1, 1, 1, 2, requires_grad=True), torch.zeros(1, 1, 1, 2, requires_grad=True)
+    """Eq. 1, 3 and 8 together on N(mean, std^2) in two dimensions: the student finds both."""
+    mean = torch.tensor([1.5, -0.5]).view(1, 1, 1, 2)
+    std = torch.tensor([0.4, 0.8]).view(1, 1, 1, 2)
+    teacher, zero = Gaussian(mean, std), torch.zeros(1, 1, 1, 2)
+    a, b = torch.ones_like(zero).requires_grad_(), zero.clone().requires_grad_()
+    m, log_s = zero.clone().requires_grad_(), zero.clone().requires_grad_()
+
     def fake(x, t, text):
-        return GaussianTeacher(m, log_s.exp())(x, t, text)
+        return Gaussian(m, log_s.exp())(x, t, text)
+
     student, tracker = torch.optim.Adam([a, b], lr=1e-2), torch.optim.Adam([m, log_s], lr=5e-2)
     g = torch.Generator().manual_seed(0)
     for _ in range(700):
-        z, eps, eps2 = torch.randn(3, 256, 1, 1, 2, generator=g)
-        t, t2 = torch.randint(20, 981, (256,), generator=g), torch.randint(0, 1000, (256,), generator=g)
+        z, eps, eps_lora = torch.randn(3, 256, 1, 1, 2, generator=g)
+        t = torch.randint(20, 981, (256,), generator=g)
+        t_lora = torch.randint(0, 1000, (256,), generator=g)
         x0 = a * z + b
         student.zero_grad()
         vsd_loss(x0, t, eps, None, teacher, fake, ALPHA, SIGMA).mean().backward()
         student.step()
         tracker.zero_grad()
-        lora_loss(x0, t2, eps2, None, fake, ALPHA, SIGMA).mean().backward()
+        lora_loss(x0, t_lora, eps_lora, None, fake, ALPHA, SIGMA).mean().backward()
         tracker.step()
     torch.testing.assert_close(b.detach(), mean, rtol=0, atol=0.08)
     torch.testing.assert_close(a.detach().abs(), std, rtol=0, atol=0.08)

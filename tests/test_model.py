@@ -1,273 +1,285 @@
+"""Where a model is found, its text in both layouts, sampling as diffusers does, and bad folders."""
 import json
-import math
-import pickle
 import shutil
+import types
 
 import diffusers
-import numpy as np
+import huggingface_hub
 import pytest
 import torch
-from conftest import VOCODER, write_checkpoint
-from diffusers import AutoencoderKL
+from conftest import write_checkpoint
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
+from transformers import CLIPTextModel
 
-import model
-from bench import write_vocoder
-from data import InputError
-from model import Teacher, denoiser, image_to_mel, load_unet, load_vocoder, log_mel, many_steps, mel_to_image, needed, peak_normalize
-
-
-# ---- the mel front end, against one written anew in numpy float64 ----
-
-def slaney(f):
-    return np.where(f < 1000, f * 3 / 200, 15 + 27 * np.log(np.maximum(f, 1e-9) / 1000) / np.log(6.4))
+from extras.audio import mel_to_image
+from extras.cli import InputError
+from extras.device import pick_device
+from extras.hub import TINY, find, read_settings
+from losses import guided, one_step
+from model import LOG_MAX, LOG_MIN, Pipeline, denoiser, load_unet, many_steps
 
 
-def reference_log_mel(wav, n_mels):
-    x = np.pad(wav.astype(np.float64), 944, mode="reflect")
-    window = np.zeros(2048)
-    window[512:1536] = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
-    frames = np.stack([x[i:i + 2048] * window for i in range(0, len(x) - 2047, 160)])
-    magnitude = np.sqrt(np.abs(np.fft.rfft(frames)) ** 2 + 1e-9)
-    grid = np.linspace(0, 8000, 200001)
-    edges = np.interp(np.linspace(0, slaney(8000.0), n_mels + 2), slaney(grid), grid)
-    f = np.fft.rfftfreq(2048, 1 / 16000)
-    bank = [np.maximum(0, np.minimum((f - a) / (b - a), (c - f) / (c - b))) * 2 / (c - a) for a, b, c in zip(edges, edges[1:], edges[2:])]
-    return np.log(np.maximum(np.stack(bank) @ magnitude.T, 1e-5))
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("n_mels", [64, 256])
-def test_log_mel_equals_numpy(n_mels):
-    rng = np.random.default_rng(0)
-    t = np.arange(16000) / 16000
-    wav = 0.4 * np.sin(2 * np.pi * (300 + 3000 * t) * t) * np.exp(-t) + 0.01 * rng.standard_normal(16000)
-    mine = log_mel(torch.from_numpy(wav)[None].float(), n_mels)[0].numpy()
-    assert mine.shape == (n_mels, 100)
-    np.testing.assert_allclose(mine, reference_log_mel(wav, n_mels), atol=2e-3)
-
-
-def test_log_mel_equals_librosa():
-    librosa = pytest.importorskip("librosa")
-    np.testing.assert_allclose(model.mel_filters(256, torch.device("cpu")).T.numpy(),
-                               librosa.filters.mel(sr=16000, n_fft=2048, n_mels=256, fmin=0, fmax=8000), atol=1e-7)
-
-
-def test_ten_seconds_are_1024_frames():
-    assert log_mel(torch.zeros(1, 163840)).shape == (1, 256, 1024)
-    assert log_mel(torch.zeros(1, 163840)).max() == pytest.approx(math.log(1e-5))
-
-
-def test_image_of_a_mel():
-    mel = torch.linspace(model.LOG_MIN, model.LOG_MAX, 12).view(1, 3, 4)
-    image = mel_to_image(mel)
-    assert image.shape == (1, 3, 3, 4) and image.min() == -1 and image.max() == 1
-    assert image[0, 0, 0, -1] == 1                                  # row 0 is the highest bin
-    torch.testing.assert_close(image_to_mel(image), mel)
-    assert peak_normalize(torch.tensor([[0.1, -0.5], [0.0, 0.0]])).tolist() == [[pytest.approx(0.19), pytest.approx(-0.95)], [0, 0]]
-
-
-# ---- the vocoder, against transformers' own (even parity) and convolutions written out (odd) ----
-
-def test_vocoder_equals_speecht5(tmp_path):
-    config = {**VOCODER, "upsample_kernel_sizes": [11, 8, 8, 4]}
-    write_vocoder(tmp_path, config)
-    mine = load_vocoder(tmp_path)
-    theirs = SpeechT5HifiGan(SpeechT5HifiGanConfig(
-        model_in_dim=64, upsample_initial_channel=32, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4],
-        resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3, 5]] * 2, normalize_before=False, leaky_relu_slope=0.1))
-    theirs.load_state_dict({k.replace("ups.", "upsampler."): v for k, v in mine.state_dict().items()} | {"mean": torch.zeros(64), "scale": torch.ones(64)})
-    mel = torch.randn(2, 64, 9)
-    with torch.no_grad():
-        torch.testing.assert_close(mine(mel), theirs(mel.transpose(1, 2)), rtol=1e-4, atol=1e-5)
-    assert mine(mel).shape == (2, 9 * 160)
-
-
-@pytest.mark.parametrize("rate, kernel", [(4, 7), (5, 10), (2, 4), (5, 11)])
-def test_upsampling_of_both_parities(rate, kernel):
-    config = {**VOCODER, "upsample_rates": [rate], "upsample_kernel_sizes": [kernel]}
-    up = model.HiFiGAN(config).ups[0]
-    x = torch.randn(1, 32, 6)
-    with torch.no_grad():
-        whole = F.conv_transpose1d(x, up.weight, up.bias, stride=rate)             # every tap, then cut to 6 * rate
-        start = (kernel - rate) // 2 + (kernel - rate) % 2
-        expected = F.pad(whole, (0, 1))[..., start:start + 6 * rate]
-        expected[..., whole.shape[-1] - start:] = up.bias.view(1, -1, 1)            # beyond the last tap: the bias alone
-        torch.testing.assert_close(up(x), expected)
-
-
-@pytest.mark.parametrize("kind", ["1", "2"])
-def test_weight_norm_is_folded(tmp_path, kind):
-    config = {**VOCODER, "resblock": kind, "resblock_dilation_sizes": [[1, 3]] * 2}
-    stored = write_vocoder(tmp_path, config)
-    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(64, 32, 7))
-    layer.parametrizations.weight.original0.data = stored["conv_pre.weight_g"]
-    layer.parametrizations.weight.original1.data = stored["conv_pre.weight_v"]
-    vocoder = load_vocoder(tmp_path)
-    torch.testing.assert_close(vocoder.conv_pre.weight, layer.weight)
-    assert vocoder(torch.randn(1, 64, 5)).abs().max() <= 1
-
-
-def test_griffin_lim_returns_the_mel():
-    """A tone between two multiples of 100 Hz, and the same clip alone and in a batch."""
-    t = torch.arange(40960) / 16000
-    wav = torch.stack([0.5 * torch.sin(2 * math.pi * 1234 * t), 0.5 * torch.sin(2 * math.pi * 440 * t) * torch.exp(-2 * t)])
-    mel, vocoder = log_mel(wav, 64), model.GriffinLim(64, 32)
-    again = vocoder(mel)
-    assert again.shape == wav.shape and torch.allclose(again[1:], vocoder(mel[1:]), atol=1e-4)
-    assert (log_mel(again, 64) - mel)[mel > -2].abs().mean() < 0.3
-    spectrum = torch.fft.rfft(again[0]).abs()
-    assert spectrum.argmax() * 16000 / 40960 == pytest.approx(1234, abs=60)       # a mel is about 60 Hz wide there
-
-
-# ---- text, in both layouts ----
+# ---- text, in both layouts ---------------------------------------------------------------------
 
 def test_text_of_the_plain_layout(plain):
-    teacher = Teacher(plain)
-    ids = teacher.tokenizer("dog", return_tensors="pt").input_ids[0].tolist()
-    padded = torch.tensor([ids + [teacher.tokenizer.pad_token_id] * (77 - len(ids))])
+    pipe = Pipeline(plain)
+    ids = pipe.tokenizer("dog", return_tensors="pt").input_ids[0].tolist()
+    padded = torch.tensor([ids + [pipe.tokenizer.pad_token_id] * (77 - len(ids))])
     expected = CLIPTextModel.from_pretrained(plain / "text_encoder")(padded).last_hidden_state
-    torch.testing.assert_close(teacher.encode_text(["dog"]), expected)
-    assert teacher.encode_text(["dog", ""]).shape == (2, 77, 24)
+    torch.testing.assert_close(pipe.encode_text(["dog"]), expected)
+    both = pipe.encode_text(["dog", ""])
+    assert both.shape == (2, 77, 24) and not torch.equal(both[0], both[1])
 
 
 def test_text_of_the_adapter_layout(adapter):
-    teacher = Teacher(adapter)
-    ids = teacher.tokenizer("a dog", return_tensors="pt").input_ids
+    pipe = Pipeline(adapter)
+    ids = pipe.tokenizer("a dog", return_tensors="pt").input_ids
     hidden = CLIPTextModel.from_pretrained(adapter / "text_encoder_0")(ids).last_hidden_state
     state = torch.load(adapter / "condition_adapter_0/condition_adapter.pt")
     hidden = F.pad(hidden, (0, 0, 0, 77 - ids.shape[1]))
-    expected = F.layer_norm(hidden @ state["proj.weight"].T + state["proj.bias"], (24,), state["norm.weight"], state["norm.bias"])
-    both = teacher.encode_text(["a dog", "a much longer dog"])
+    projected = hidden @ state["proj.weight"].T + state["proj.bias"]
+    expected = F.layer_norm(projected, (24,), state["norm.weight"], state["norm.bias"])
+    both = pipe.encode_text(["a dog", "a much longer dog"])
     torch.testing.assert_close(both[:1], expected, rtol=1e-4, atol=1e-5)
-    assert teacher.encode_text([""]).abs().max() == 0
+    assert pipe.encode_text([""]).abs().max() == 0
 
 
-def test_prompts_that_do_not_fit_are_told(plain):
-    warning, = Teacher(plain).check(["dog " * 74 + "barks", "fine"])
-    assert "81 tokens, 77 fit; cut" in warning and "rks" in warning
+def test_the_older_layout_s_folders_are_those_its_config_names(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "renamed")
+    (folder / "text_encoder_0").rename(folder / "words")
+    (folder / "condition_adapter_0").rename(folder / "behind")
+    path = folder / "condition_config.json"
+    listed, = json.loads(path.read_text())
+    names = {"text_encoder_name": "words", "condition_adapter_name": "behind"}
+    path.write_text(json.dumps([{**listed, **names}]))
+    expected = Pipeline(adapter).encode_text(["a dog"])
+    assert torch.equal(Pipeline(folder).encode_text(["a dog"]), expected)
 
-
-# ---- sampling against diffusers' pipeline, and audio there and back ----
-
-@pytest.mark.parametrize("guidance", [1, 4.5])
-def test_many_steps_equal_the_pipeline(plain, guidance):
-    teacher, unet = Teacher(plain), load_unet(plain)
-    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer, unet=unet, safety_checker=None,
-        scheduler=diffusers.PNDMScheduler.from_pretrained(plain / "scheduler"), feature_extractor=None, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(["dog", "a cat"], latents=z, num_inference_steps=6, guidance_scale=guidance, output_type="latent").images
-    mine = many_steps(denoiser(unet), z, teacher.encode_text(["dog", "a cat"]), teacher.encode_text([""]), teacher, 6, guidance)
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-
-
-def test_audio_to_latents_and_back():
-    """A synthesised recording through the tiny world's front end, VAE and vocoder keeps its spectrogram."""
-    from tiny import world
-    wav = torch.from_numpy(world.render(np.random.default_rng(3), (("siren", 0, "slowly"),), "")[0])[None]
-    teacher = Teacher("tiny")
-    mel = log_mel(peak_normalize(wav), 64).clamp(model.LOG_MIN, model.LOG_MAX)
-    decoded = teacher.decode(teacher.encode_audio(wav))
-    again = log_mel(teacher.vocode(decoded), 64)
-    loud = mel > -3
-    assert decoded.shape == mel.shape == again.shape
-    assert (decoded - mel)[loud].abs().mean() < 0.6 and (again - mel)[loud].abs().mean() < 0.8
-
-
-# ---- finding a teacher, and what can be wrong with it ----
-
-def test_only_needed_files_are_asked_for():
-    files = ["README.md", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.bin",
-             "unet/diffusion_pytorch_model.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin",
-             "tokenizer/merges.txt", "vocoder/vocoder.pt", "vocoder/config.json", "text_encoder_0/model.safetensors",
-             "condition_adapter_0/condition_adapter.pt", "condition_config.json", "safety_checker/model.safetensors", "big.ckpt"]
-    assert needed(files) == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-                             "vae/diffusion_pytorch_model.bin", "tokenizer/merges.txt", "vocoder/vocoder.pt", "vocoder/config.json",
-                             "text_encoder_0/model.safetensors", "condition_adapter_0/condition_adapter.pt", "condition_config.json"]
-    assert needed(["config.json", "swiftaudio.json", "diffusion_pytorch_model.safetensors", "x.png"]) == [
-        "config.json", "swiftaudio.json", "diffusion_pytorch_model.safetensors"]
-
-
-def test_hub_download(monkeypatch, plain):
-    class Info:
-        siblings = [type("F", (), {"rfilename": f}) for f in ("unet/config.json", "other.ckpt")]
-    asked = {}
-    monkeypatch.setattr(model.huggingface_hub, "model_info", lambda name: Info)
-    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or str(plain))
-    assert model.find("someone/model") == plain
-    assert asked == {"name": "someone/model", "allow_patterns": ["unet/config.json"]}
-
-
-def test_no_network_and_no_such_name(monkeypatch):
-    def fail(*args, **kw):
-        raise ConnectionError("no route")
-    monkeypatch.setattr(model.huggingface_hub, "model_info", fail)
-    monkeypatch.setattr(model.huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(InputError, match="pass its folder"):
-        model.find("someone/model")
-    with pytest.raises(InputError, match="no such folder"):
-        model.find("./nowhere")
-
-
-@pytest.mark.parametrize("part", ["vae", "vocoder", "tokenizer", "text_encoder", "scheduler"])
-def test_missing_part(broken, part):
-    shutil.rmtree(broken / part)
-    with pytest.raises(InputError, match=f"lacks {part}/"):
-        Teacher(broken)
-
-
-def test_damaged_parts(broken):
-    weights = broken / "unet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="unet: cannot be loaded"):
-        load_unet(broken)
-    (broken / "vocoder/config.json").write_text("{")
-    with pytest.raises(InputError, match="vocoder/config.json: is not JSON"):
-        Teacher(broken)
-
-
-def test_a_vocoder_that_holds_code_is_not_run(broken):
-    class Bomb:
-        def __reduce__(self):
-            return print, ("boom",)
-    for content in (pickle.dumps(Bomb()), b"not a pickle"):
-        (broken / "vocoder/vocoder.pt").write_bytes(content)
-        with pytest.raises(InputError, match="vocoder.pt"):
-            Teacher(broken)
-    torch.save({"generator": Bomb()}, broken / "vocoder/vocoder.pt")
-    with pytest.raises(InputError, match="more than tensors"):
-        Teacher(broken)
-
-
-def test_v_prediction_is_refused(broken):
-    path = broken / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
-    with pytest.raises(InputError, match="v_prediction"):
-        Teacher(broken)
+    for name in names:
+        path.write_text(json.dumps([{**listed, **names, name: "elsewhere"}]))
+        with pytest.raises(InputError, match="lacks elsewhere/") as e:
+            Pipeline(folder)
+        assert "\n" not in str(e.value)
 
 
 def test_several_text_encoders_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path, "adapter")
     path = folder / "condition_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) * 2))
-    with pytest.raises(InputError, match="more than one text encoder"):
-        Teacher(folder)
+    with pytest.raises(InputError, match="lists 2 text encoders, not one"):
+        Pipeline(folder)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_text_encoder_is_not_rounded_to_the_dtype_of_its_config(broken, plain, key):
+    path = broken / "text_encoder/config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype", None)
+    path.write_text(json.dumps({**config, key: "float16"}))
+    assert CLIPTextModel.from_pretrained(broken / "text_encoder").dtype == torch.float16
+    rounded, exact = Pipeline(broken).encode_text(["dog"]), Pipeline(plain).encode_text(["dog"])
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, exact)
+
+
+# ---- the schedule, and sampling against diffusers' pipeline -------------------------------------
+
+def test_the_schedule(plain):
+    pipe, theirs = Pipeline(plain), diffusers.PNDMScheduler.from_pretrained(plain / "scheduler")
+    assert pipe.T == 999 and pipe.alpha.shape == pipe.sigma.shape == (1000,)
+    torch.testing.assert_close(pipe.alpha ** 2, theirs.alphas_cumprod)
+    torch.testing.assert_close(pipe.sigma ** 2, 1 - theirs.alphas_cumprod)
+    assert not any(p.requires_grad for p in pipe.parameters()) and not pipe.vae.training
+
+
+@pytest.mark.parametrize("guidance", [1, 4.5])
+def test_many_steps_equal_the_pipeline(plain, guidance):
+    pipe, unet = Pipeline(plain), load_unet(plain)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = diffusers.StableDiffusionPipeline(
+        vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=unet,
+        scheduler=diffusers.PNDMScheduler.from_pretrained(plain / "scheduler"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(["dog", "a cat"], latents=z, num_inference_steps=10,
+                      guidance_scale=guidance, output_type="latent").images
+    eps = guided(denoiser(unet), pipe.encode_text([""]), guidance)
+    mine = many_steps(eps, z, pipe.encode_text(["dog", "a cat"]), pipe, 10)
+    torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4)
+    again = many_steps(eps, z, pipe.encode_text(["dog", "a cat"]), pipe, 10)
+    assert torch.equal(again, mine)                             # PNDM's history is not kept
+
+
+def test_one_step_of_the_teacher_is_eq_1(plain):
+    pipe, unet = Pipeline(plain), load_unet(plain)
+    z, text = torch.randn(2, 4, 8, 8), pipe.encode_text(["dog", "a cat"])
+    eps = guided(denoiser(unet), pipe.encode_text([""]), 3)
+    expected = one_step(eps, z, text, pipe.alpha, pipe.sigma)
+    assert torch.equal(many_steps(eps, z, text, pipe, 1), expected)
+
+
+def test_too_few_steps_are_refused_where_they_would_not_start_from_noise(plain):
+    pipe = Pipeline(plain)                                      # PNDM, "leading" spacing
+    for steps, first in ((2, 501), (6, 831), (9, 889)):
+        with pytest.raises(InputError, match=f"--teacher_steps {steps}: .* t = {first}, where"):
+            pipe.scheduler_of(steps)
+    assert pipe.scheduler_of(10).timesteps[0] == 901
+    assert Pipeline("tiny").scheduler_of(2).timesteps.tolist() == [999, 499]    # "trailing"
+
+
+# ---- latents to audio --------------------------------------------------------------------------
+
+def test_decoding_undoes_the_image_of_a_mel(plain):
+    """With a VAE that returns one image whatever it is given, also if that is too bright."""
+    pipe = Pipeline(plain)
+    mel = torch.rand(2, 64, 16) * (LOG_MAX - LOG_MIN) + LOG_MIN
+    given = []
+
+    def decode_to(image):
+        pipe.vae.decode = lambda z: given.append(z) or types.SimpleNamespace(sample=image)
+        return pipe.decode(torch.ones(2, 4, 8, 2))
+
+    torch.testing.assert_close(decode_to(mel_to_image(mel)), mel, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(given[0], torch.ones(2, 4, 8, 2) / 0.18215)
+    harsh = decode_to(3 * mel_to_image(mel))
+    assert harsh.max() == pytest.approx(LOG_MAX) and harsh.min() == pytest.approx(LOG_MIN)
 
 
 def test_a_length_that_is_no_multiple(plain):
-    assert Teacher(plain, seconds=10.24).latent_shape == (4, 8, 128)
-    with pytest.raises(InputError, match="0.08 s"):
-        Teacher(plain, seconds=1.0)
+    assert Pipeline(plain).latent_shape == (4, 8, 8)
+    assert Pipeline(plain, seconds=10.24).latent_shape == (4, 8, 128)
+    with pytest.raises(InputError, match="--seconds 1.0: not a multiple of 0.08 s"):
+        Pipeline(plain, seconds=1.0)
 
 
-def test_folded_upsampling_is_the_same_decoder(plain):
-    """Against diffusers' own decoder, edges included."""
-    vae, folded = (AutoencoderKL.from_pretrained(plain / "vae").eval() for _ in range(2))
-    model.fold_upsampling(folded.decoder)
-    assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in folded.modules()) == 3
-    z = torch.randn(2, 4, 3, 5)
-    with torch.no_grad():
-        a, b = vae.decode(z).sample, folded.decode(z).sample
-    assert torch.allclose(a, b, atol=1e-5 * a.abs().max()) and a.std() > 1e-3
+# ---- finding a model ---------------------------------------------------------------------------
+
+TEACHER = [
+    "condition_config.json", "condition_adapter_0/condition_adapter.pt",
+    "scheduler/scheduler_config.json", "text_encoder_0/config.json",
+    "text_encoder_0/model.safetensors", "text_encoder_0/vocab.json", "text_encoder/config.json",
+    "text_encoder/pytorch_model.bin", "tokenizer/merges.txt", "tokenizer/vocab.json",
+    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+    "vae/diffusion_pytorch_model.bin", "vocoder/config.json", "vocoder/vocoder.pt"]
+STUDENT = ["config.json", "swiftaudio.json", "diffusion_pytorch_model.safetensors"]
+OTHERS = [
+    "README.md", ".gitattributes", "big.ckpt", "x.png", "model_index.json",
+    "safety_checker/config.json", "safety_checker/model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
+    "text_encoder/model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors",
+    "assets/config.json", "feature_extractor/preprocessor_config.json"]
+
+
+@pytest.fixture
+def hub(plain, monkeypatch):
+    """A hub with one repository; what is downloaded of it goes into the list."""
+    asked, downloaded = [], []
+
+    def download(name, **patterns):
+        asked.append(name)
+        downloaded[:] = filter_repo_objects(TEACHER + STUDENT + OTHERS, **patterns)
+        return str(plain)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked, downloaded
+
+
+def test_only_files_that_are_read_are_downloaded(hub, plain):
+    asked, downloaded = hub
+    assert find("someone/model-1.5") == plain and asked == ["someone/model-1.5"]
+    assert downloaded == TEACHER + STUDENT
+
+
+def test_a_student_s_teacher_comes_without_its_unet_s_weights(hub):
+    find("someone/model", skip=["unet/diffusion*"])
+    assert "unet/config.json" in hub[1]
+    assert set(TEACHER) - set(hub[1]) == {"unet/diffusion_pytorch_model.safetensors"}
+
+
+def test_names_and_folders(hub, plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user/model").mkdir(parents=True)
+    assert find("tiny") == TINY and find(plain) == plain and find("user/model").is_dir()
+    for name in ("./nowhere", "nowhere", "/no/where", "a/b/c", "~/x", "a/", "../x"):
+        with pytest.raises(InputError, match="no such folder"):
+            find(name)
+    assert not hub[0]                                           # the hub was not asked
+
+
+def test_no_network_and_no_such_name(monkeypatch):
+    def fail(*args, **kw):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match="someone/model: .*ConnectionError.* pass its folder"):
+        find("someone/model")
+
+
+def test_settings(plain, tmp_path):
+    assert read_settings(plain) == {"seconds": 0.64} and read_settings(tmp_path) == {}
+    (tmp_path / "swiftaudio.json").write_text("{")
+    with pytest.raises(InputError, match="swiftaudio.json: is not JSON"):
+        read_settings(tmp_path)
+
+
+def test_a_device_that_is_not_there():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="--device quantum: not usable here") as e:
+        pick_device("quantum")
+    assert "\n" not in str(e.value)
+
+
+# ---- what can be wrong with a model -------------------------------------------------------------
+
+@pytest.mark.parametrize("part", ["vae", "vocoder", "tokenizer", "text_encoder", "scheduler"])
+def test_missing_part(broken, part):
+    shutil.rmtree(broken / part)
+    with pytest.raises(InputError, match=f"lacks {part}/"):
+        Pipeline(broken)
+
+
+@pytest.mark.parametrize("part, file", [
+    ("unet", "diffusion_pytorch_model.safetensors"), ("vae", "diffusion_pytorch_model.safetensors"),
+    ("text_encoder", "model.safetensors"), ("vocoder", "vocoder.pt"),
+    ("tokenizer", "vocab.json"), ("scheduler", "scheduler_config.json")])
+def test_files_that_are_cut_short_or_missing(broken, part, file):
+    path = broken / part / file
+
+    def load():
+        Pipeline(broken)
+        load_unet(broken)
+
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+                   path.unlink):
+        damage()
+        with pytest.raises(InputError) as e:
+            load()
+        assert f"{broken}/{part}" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_weights_that_lack_a_tensor_are_refused(broken):
+    """The libraries would leave it random."""
+    for part, load in (("unet", load_unet), ("vae", Pipeline), ("text_encoder", Pipeline)):
+        path = next((broken / part).glob("*.safetensors"))
+        whole = path.read_bytes()
+        drop_a_tensor(path)
+        with pytest.raises(InputError, match=f"{part}: .*lacks? 1 "):
+            load(broken)
+        path.write_bytes(whole)
+
+
+def drop_a_tensor(path):
+    state = load_file(path)
+    state.popitem()
+    save_file(state, path, {"format": "pt"})
+
+
+def test_v_prediction_is_refused(broken):
+    edit(broken / "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    with pytest.raises(InputError, match="v_prediction"):
+        Pipeline(broken)

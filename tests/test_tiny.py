@@ -1,20 +1,36 @@
 import csv
 import json
-from pathlib import Path
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
+from PIL import Image, ImageDraw
 
 import train
-from model import TINY, Teacher
-from tiny import ablate, control, score, world
+from extras.cli import InputError
+from extras.hub import TINY
+from extras.prompts import unseen_words
+from model import Pipeline
+from tiny import ablate, control, make, score, world
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return Teacher("tiny")
+def pipe():
+    return Pipeline("tiny")
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A student that has learned nothing: the teacher's own UNet, in one step."""
+    folder = shutil.copytree(TINY / "unet", tmp_path / "out/student")
+    about = {"teacher": "tiny", "parameterization": "eps", "seconds": 2.56, "step": 7}
+    (folder / "swiftaudio.json").write_text(json.dumps(about))
+    return folder
 
 
 def read(name):
@@ -22,114 +38,327 @@ def read(name):
         return [row["caption"] for row in csv.DictReader(f)]
 
 
-def test_size_and_layout():
-    total = sum(f.stat().st_size for f in TINY.parent.rglob("*") if f.suffix in (".safetensors", ".pt") and "build" not in f.parts)
-    assert total <= 12 * 2 ** 20
-    assert {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "vocoder", "model_index.json"} <= {p.name for p in TINY.iterdir()}
+# ---- the world ---------------------------------------------------------------------------------
+
+def test_the_shipped_weights_are_small_and_in_auffusion_s_layout():
+    weights = [f for f in TINY.parent.rglob("*") if f.suffix in (".safetensors", ".pt")]
+    shipped = [f for f in weights if "build" not in f.parts]
+    assert sum(f.stat().st_size for f in shipped) <= 12 * 2 ** 20
+    assert {p.name for p in TINY.iterdir()} >= {
+        "unet", "vae", "text_encoder", "tokenizer", "scheduler", "vocoder", "model_index.json"}
 
 
 def test_captions_are_the_world_s_and_held_out_ones_are_new():
     training, held = world.captions()
-    assert [t for t, _, _ in training] == read("captions.csv") and [t for t, _, _ in held] == read("heldout.csv")
-    assert len(held) == 512 and not {t for t, _, _ in held} & {t for t, _, _ in training}
-    pairs = lambda rows: {frozenset(e[0] for e in events) for _, events, _ in rows if len(events) == 2}
+    texts, held_texts = ([text for text, _, _ in rows] for rows in (training, held))
+    assert texts == read("captions.csv") and held_texts == read("heldout.csv")
+    assert len(held) == 512 and not set(held_texts) & set(texts)
+    assert "a dog barks twice" in texts + held_texts
+
+    def pairs(rows):
+        return [frozenset(e[0] for e in events) for _, events, _ in rows if len(events) == 2]
+
     unseen = {frozenset(pair) for pair in world.UNSEEN}
-    assert not pairs(training) & unseen and pairs(held) & unseen == unseen
-    assert sum(frozenset(e[0] for e in events) in unseen for _, events, _ in held) == 128
-    assert {"dog", "rain"} not in unseen and "a dog barks twice" in {t for t, _, _ in training + held}
+    assert not set(pairs(training)) & unseen and set(pairs(held)) >= unseen
+    assert sum(pair in unseen for pair in pairs(held)) == 128
+    assert {"dog", "rain"} not in unseen
 
 
 def test_rendering_is_a_function_of_the_seed():
-    for event in world.NAMES:
-        for subject in range(len(world.EVENTS[event][0])):
-            for adverb in world.EVENTS[event][3]:
-                a, labels = world.render(np.random.default_rng(1), ((event, subject, adverb),), "")
-                assert a.shape == (40960,) and np.isfinite(a).all() and np.abs(a).max() == pytest.approx(0.95, abs=1e-3)
+    for event, (subjects, _, _, adverbs) in world.EVENTS.items():
+        for subject in range(len(subjects)):
+            for adverb in adverbs:
+                events = ((event, subject, adverb),)
+                wav, labels = world.render(np.random.default_rng(1), events, "")
+                assert wav.shape == (40960,) and np.isfinite(wav).all()
+                assert np.abs(wav).max() == pytest.approx(0.95, abs=1e-3)
                 assert [world.LABELS[i] for i in labels] == [f"{event} {adverb}"]
-    again, _ = world.render(np.random.default_rng(1), ((event, subject, adverb),), "")
-    other, _ = world.render(np.random.default_rng(2), ((event, subject, adverb),), "")
-    assert np.array_equal(a, again) and not np.array_equal(a, other)
-    # "followed by" keeps the halves apart
-    a, _ = world.render(np.random.default_rng(0), (("rain", 0, "heavily"), ("dog", 0, "once")), "followed by")
-    assert np.abs(a[:20000]).max() > 0.1
+    again, _ = world.render(np.random.default_rng(1), events, "")
+    other, _ = world.render(np.random.default_rng(2), events, "")
+    assert np.array_equal(wav, again) and not np.array_equal(wav, other)
 
+
+@pytest.mark.parametrize("join", world.JOINS)
+def test_then_keeps_the_halves_apart_and_while_does_not(monkeypatch, join):
+    """Of "rain falls heavily then a dog barks once", each event alone, the other one muted."""
+    events = (("rain", 0, "heavily"), ("dog", 0, "once"))
+
+    def alone(muted, seed):
+        sound = world.SOUNDS[muted]
+        with monkeypatch.context() as patch:
+            patch.setitem(world.SOUNDS, muted, lambda *args: 0 * sound(*args))
+            wav, _ = world.render(np.random.default_rng(seed), events, join)
+        return [np.abs(half).max() for half in np.split(wav, 2)]
+
+    rain, dogs = alone("dog", 0), [alone("rain", seed) for seed in range(8)]
+    if join in ("followed by", "then"):
+        assert rain[0] > 0.9 and rain[1] == 0
+        assert all(before == 0 and after > 0.9 for before, after in dogs)
+    else:
+        assert min(rain) > 0.5                                      # it falls all the time
+        assert any(before > 0.9 for before, _ in dogs)              # it may bark at any time
+        assert any(after > 0.9 for _, after in dogs)
+
+
+def test_make_writes_the_settings_that_are_shipped(tmp_path, monkeypatch):
+    assert make.SETTINGS == json.loads((TINY / "swiftaudio.json").read_text())
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        config = json.loads((TINY / part / "config.json").read_text())
+        (tmp_path / part / "config.json").write_text(json.dumps({"_name_or_path": "x", **config}))
+    monkeypatch.setattr(make, "TEACHER", tmp_path)
+    make.stage_settings()
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(written) == 5
+    for path in written:
+        assert path.read_text() == (TINY / path.relative_to(tmp_path)).read_text(), path
+
+
+# ---- the classifier and the scores -------------------------------------------------------------
 
 def test_the_classifier_knows_the_world():
-    net, held = score.load_classifier(), world.captions()[1][:32]   # one event each
-    _, logits = score.features(net, score.real(held, 9))
-    labels = [world.render(np.random.default_rng((9, i)), events, join)[1] for i, (_, events, join) in enumerate(held)]
-    assert (logits.argmax(1) == torch.tensor(labels)[:, 0]).float().mean() > 0.9
+    rows = score.held_out(512)[:32]                                 # one event each
+    _, logits = score.features(score.load_classifier(), score.real(rows, 9))
+    labels = [world.render(np.random.default_rng((9, n)), events, join)[1][0]
+              for n, _, events, join in rows]
+    assert (logits.argmax(1) == torch.tensor(labels)).float().mean() > 0.9
 
 
-def test_unknown_words_are_named(teacher):
-    warning, = teacher.check(["a dog barks twice", "a Dog barks, in a cathedral"])
-    assert "'in'" in warning and "'cathedral'" in warning and "Dog" not in warning.split("seen")[1]
-    assert teacher.check([" ".join(["rain"] * 30)])[0].startswith("warning: 32 tokens, 24 fit")
-    assert torch.equal(teacher.encode_text(["a dog barks"]), teacher.encode_text(["A dog, barks!"]))
+def test_the_shipped_reference_is_what_the_classifier_hears():
+    rows = score.held_out(9)
+    assert [n for n, *_ in rows] == [k * 512 // 9 for k in range(9)]
+    heard = score.features(score.load_classifier(), score.real(rows, score.REFERENCE))
+    for shipped, again in zip(score.reference(rows), heard, strict=True):
+        assert shipped.shape[0] == 9 and torch.allclose(shipped, again, atol=1e-3)
 
 
-def test_ablate(tmp_path, capsys, monkeypatch):
-    """A row of a table; the second call takes it from the disk, and refuses to take another's."""
+def test_the_shipped_rows_are_those_measured_when_the_world_was_built():
+    shipped = json.loads((score.HERE / "baselines.json").read_text())
+    assert shipped["N"] == 512 and shipped["noise_seeds"] == [0, 1, 2]
+    expected = {"real audio, rendered again": [10.6, None, None],
+                "teacher, 25 steps": [20.8, 22.9, 18.3],
+                "student before (teacher, 1 step)": [440.5, 453.1, 445.6]}
+    assert list(shipped["systems"]) == list(expected)
+    for name, row in shipped["systems"].items():
+        for found, value in zip(row["seeds"], expected[name], strict=True):
+            assert value is None or found["FD"] == pytest.approx(value, rel=0.02)
+        for key in score.DIGITS:
+            values = [found[key] for found in row["seeds"]]
+            assert row[key] == pytest.approx(np.mean(values))
+            assert row["std"][key] == pytest.approx(np.std(values, ddof=1))
+
+
+@pytest.mark.slow
+def test_the_shipped_rows_are_measured_again_alike(pipe):
+    """Half a minute for real audio, minutes for the teacher."""
+    shipped = json.loads((score.HERE / "baselines.json").read_text())
+    for name, row in score.baselines(pipe, score.held_out(512), [1]).items():
+        assert row["FD"] == pytest.approx(shipped["systems"][name]["seeds"][1]["FD"], rel=0.02)
+
+
+def test_a_student_is_scored_beside_the_shipped_rows_or_those_measured_again(
+        student, capsys, monkeypatch):
+    """With --all the student that learned nothing scores like the teacher in one step."""
+    score.main([str(student), "--clips", "12", "--all", "--steps", "2"])
+    table = json.loads((student.parent / "scores.json").read_text())
+    assert table["clips"] == 12 and list(table["systems"]) == [
+        "real audio, rendered again", "teacher, 2 steps", "student before (teacher, 1 step)",
+        "student after 7 steps"]
+    real, _, before, after = table["systems"].values()
+    assert after == before and 0 < real["FD"] < before["FD"]
+    assert Image.open(student.parent / "spectrograms.png").size == (4 * 384, 6 * 144 + 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == "N = 12 held-out captions FD KL IS".split()
+    assert lines[5].split() == ["student", "after", "7", "steps", *score.cells(after)]
+    assert lines[5].split()[4:] == [f"{after[k]:.{d}f}" for k, d in score.DIGITS.items()]
+    card = (student / "README.md").read_text()
+    assert f"student after 7 steps FD {after['FD']:.1f}, KL {after['KL']:.2f}" in card
+
+    monkeypatch.setattr(score, "measure", lambda pipe, systems, rows, seed: {
+        name: {"FD": 48.749, "KL": 2.333, "IS": None} for name in systems})
+    score.main([str(student)])                                      # all 512: the rows are shipped
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[1][:3] == ["N", "=", "512"] and shown[1][-3:] == ["FD", "KL", "IS"]
+    assert shown[3][:3] == ["teacher,", "25", "steps"] and shown[3][4] == "+-"
+    assert 20 < float(shown[3][3]) < 22 and 2 < float(shown[3][5]) < 3
+    assert shown[5] == ["student", "after", "7", "steps", "48.7", "2.33", "-"]
+    assert not any("--all" in row for row in shown)
+
+
+def test_one_seed_s_row_is_itself_and_several_have_a_spread():
+    row = {"FD": 20.0, "KL": 2.0, "IS": None}
+    assert score.summary([row]) == row and score.cells(row) == ["20.0", "2.00", "-"]
+    rows = [{"FD": fd, "KL": 2.0, "IS": 15.0} for fd in (18.0, 20.0, 25.0)]
+    assert score.cells(score.summary(rows)) == ["21.0 +- 3.6", "2.00 +- 0.00", "15.0 +- 0.0"]
+
+
+def test_captions_in_the_picture_end_within_their_tile():
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    long = "a small dog barks three times followed by a big bell ringing three times " * 2
+    cut = score.shorten(draw, long, 200)
+    assert cut.endswith("...") and long.startswith(cut[:-3]) and draw.textlength(cut) <= 200
+    more = long[:len(cut) - 3 + 2] + "..."                          # a space may have been dropped
+    assert draw.textlength(more) > 200
+    assert score.shorten(draw, "rain falls", 200) == "rain falls"
+
+    mels = torch.zeros(1, 64, 256)
+    image = score.sheet([long], {"first": mels, "second": mels})
+    gap = np.asarray(image)[24:38, 384 - 8:384 + 8]                 # between two captions
+    assert (gap == 255).all() and (np.asarray(image)[24:38, 8:384 - 8] < 255).any()
+
+
+def test_diversity_is_the_mean_distance_of_a_caption_s_pairs(pipe):
+    """Of a system that knows one clip only: nothing."""
+    still = {"still": lambda z_T, text: torch.zeros_like(z_T)}
+    rows = score.held_out(2)
+    found = score.diversity(pipe, still, rows, each=3)
+    clips = [(n, *rows[n // 3][1:]) for n in range(6)]
+    e, _ = score.features(score.load_classifier(), score.real(clips, score.DIVERSE))
+    pairs = [(e[i] - e[j]).norm() for i, j in ((0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5))]
+    assert found["real audio"] == pytest.approx(float(sum(pairs)) / 6, rel=1e-3)
+    assert found["still"] == pytest.approx(0, abs=1e-2) and found["real audio"] > 1
+
+
+def test_diversity_of_a_student_is_printed(student, capsys):
+    score.main([str(student), "--diversity", "2", "--clips", "4", "--steps", "2"])
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("2 captions, 2 clips each: real audio") and "student / teacher" in line
+
+
+def test_what_cannot_be_scored_is_refused_in_one_line(student, plain, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for flags, says in {
+        (str(tmp_path / "empty"),): "neither a student",
+        (str(tmp_path / "no"),): "no such folder",
+        (str(TINY),): "no student that train.py made",              # a complete model
+        (str(student), "--clips", "0"): "--clips",
+        (str(student), "--seed", "-1"): "--seed",
+        (str(student), "--steps", "10"): "--steps goes with --all",
+        (str(student), "--diversity", "1"): "--diversity",
+        (str(student), "--diversity", "8", "--clips", "4"): "--diversity 8 needs",
+        (str(student), "--diversity", "8", "--all"): "not allowed with",
+    }.items():
+        with pytest.raises(InputError, match="^error: ") as stopped:
+            score.main(list(flags))
+        assert says in str(stopped.value) and "\n" not in str(stopped.value)
+
+    about = json.loads((student / "swiftaudio.json").read_text())
+    (student / "swiftaudio.json").write_text(json.dumps({**about, "teacher": str(plain)}))
+    with pytest.raises(InputError, match="no student that train.py made of the tiny teacher"):
+        score.main([str(student)])
+    with pytest.raises(InputError, match="no student of the tiny teacher"):
+        control.System(plain)
+    assert not (student.parent / "scores.json").exists()
+
+
+# ---- the teacher, and training it away ---------------------------------------------------------
+
+def test_unknown_words_are_named(pipe):
+    known, unknown = "a dog barks twice", "a Dog barks, in a cathedral"
+    warning, = unseen_words(pipe, [known, unknown])
+    assert "'in'" in warning and "'cathedral'" in warning
+    assert "Dog" not in warning.split("seen")[1]
+    warning, = unseen_words(pipe, [" ".join(["rain"] * 30)])
+    assert warning.startswith("warning: 32 tokens, 24 fit")
+    same, other = pipe.encode_text(["a dog barks"]), pipe.encode_text(["A dog, barks!"])
+    assert torch.equal(same, other)
+
+
+# step: vsd, lora, x0_std
+GOLDEN = [(0.00327, 0.2833, 0.738), (0.00396, 0.4438, 0.765), (0.00220, 0.1475, 0.816)]
+
+
+def test_the_first_losses_are_those_of_the_readme(tmp_path):
+    train.main(["--teacher", "tiny", "--max_steps", "3", "--log_every", "1", "--no-decay",
+                "--device", "cpu", "--out_dir", str(tmp_path)])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for line, expected in zip(map(json.loads, lines), GOLDEN, strict=True):
+        # Adam's first step is +-lr for every weight, so that rounding shows: hence 5 %
+        found = [line[key] for key in ("vsd", "lora", "x0_std")]
+        assert found == pytest.approx(expected, rel=5e-2)
+
+
+def test_train_score_and_sample_end_to_end(tmp_path):
+    code, output = run("train.py", "--teacher", "tiny", "--max_steps", 2, "--batch_size", 2,
+                       cwd=tmp_path)
+    assert code == 0 and "python sample.py --student out/student" in output, output
+
+    command = [sys.executable, "-m", "tiny.score", tmp_path / "out/student", "--clips", "16"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
+    assert done.returncode == 0, done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("student", "teacher"))]
+    row, = (row for row in rows if "%" not in row)                  # the others are progress bars
+    assert row.startswith("student after 2 steps") and "N = 16 held-out" in done.stdout
+    assert "N = 512; --all measures them" in done.stdout
+    table = json.loads((tmp_path / "out/scores.json").read_text())
+    assert table["clips"] == 16 and list(table["systems"]) == ["student after 2 steps"]
+    assert table["systems"]["student after 2 steps"]["FD"] > 100
+    assert (tmp_path / "out/spectrograms.png").stat().st_size > 10000
+    assert "16 held-out captions" in (tmp_path / "out/student/README.md").read_text()
+
+    code, output = run("sample.py", "--prompt", "a dog barks twice", cwd=tmp_path)
+    assert code == 0 and "samples/a-dog-barks-twice_seed0_0.wav" in output, output
+    assert "warning" not in output, output
+
+
+@pytest.mark.slow
+def test_a_file_like_audiocaps_is_read_at_once_and_trained_on(tmp_path):
+    """50,000 rows of words that the tiny teacher never saw."""
+    path = tmp_path / "train.csv"
+    rows = "".join(f'{i},x,0,"Noise number {i}, far away"\n' for i in range(50000))
+    path.write_text("audiocap_id,youtube_id,start_time,caption\n" + rows)
+    code, output = run("train.py", "--teacher", "tiny", "--captions", path, "--max_steps", 5,
+                       cwd=tmp_path, threads=2)
+    assert code == 0 and "50000 captions used" in output, output
+
+
+# ---- ablations and control ---------------------------------------------------------------------
+
+def test_a_second_ablation_reads_the_first_one_s_runs_and_refuses_another_s(
+        tmp_path, capsys, monkeypatch):
     def go(clips):
-        ablate.main(["table5", "--only", "100 captions", "--steps", "1", "--seeds", "2", "--out", str(tmp_path), "--clips", str(clips)])
+        ablate.main(["table5", "--only", "100 captions", "--steps", "1", "--seeds", "2",
+                     "--out", str(tmp_path), "--clips", str(clips)])
         return capsys.readouterr().out.splitlines()
+
     first = go(12)
     assert "N = 12 held-out captions, 2 seeds, 1 steps" in first and "±" in first[-1]
     monkeypatch.setattr(train, "main", None)
     assert go(12)[-1] == first[-1]
-    with pytest.raises(SystemExit, match="holds a run with other flags"):
+    with pytest.raises(InputError, match="holds a run with other flags"):
         go(16)
-    with pytest.raises(SystemExit, match="table5 has no row '90 captions'"):
+    with pytest.raises(InputError, match="table5 has no row '90 captions'"):
         ablate.main(["table5", "--only", "90 captions"])
+    with pytest.raises(InputError, match="--seeds"):
+        ablate.main(["table5", "--seeds", "0"])
 
 
-GOLDEN = [(0.00327, 0.2833, 0.738), (0.00396, 0.4438, 0.765), (0.00220, 0.1475, 0.816)]      # vsd, lora, x0_std
+def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
+        student, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "QUERIES", (2,))
+    ablate.main(["queries", "--clips", "2", "--seeds", "2", "--student", str(student)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = dict(line[2:].split(" | ", 1) for line in lines[-4:])
+    assert list(rows) == ["real audio, rendered again", "teacher, 1 step", "teacher, 2 steps",
+                          str(student)]
+    assert rows["teacher, 1 step"] == rows[str(student)] != rows["teacher, 2 steps"]
 
 
-def test_the_first_losses_are_those_of_the_readme(tmp_path, monkeypatch):
-    """Golden: the default run's first three steps."""
-    train.main(["--teacher", "tiny", "--max_steps", "3", "--log_every", "1", "--eval_clips", "0", "--no-decay", "--device", "cpu", "--out_dir", str(tmp_path)])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for line, (vsd, lora, x0_std) in zip(lines, GOLDEN, strict=True):
-        # Adam's first step is +-lr for every weight, so that rounding shows: hence 5 %
-        assert (line["vsd"], line["lora"], line["x0_std"]) == pytest.approx((vsd, lora, x0_std), rel=5e-2)
-
-
-def test_train_score_and_sample_end_to_end(tmp_path):
-    code, output = run("train.py", "--teacher", "tiny", "--max_steps", 2, "--batch_size", 2, "--eval_clips", 8, cwd=tmp_path, threads=2)
-    assert code == 0 and "student after 2 steps" in output and "teacher, 25 steps" in output, output
-    table = json.loads((tmp_path / "out/scores.json").read_text())
-    assert table["clips"] == 8 and len(table["systems"]) == 4 and all(row["FD"] > 0 for row in table["systems"].values())
-    assert (tmp_path / "out/spectrograms.png").stat().st_size > 10000
-    code, output = run("sample.py", "--prompt", "a dog barks twice", cwd=tmp_path)
-    assert code == 0 and "samples/a-dog-barks-twice_seed0_0.wav" in output and "warning" not in output, output
-
-
-@pytest.mark.slow
-def test_audiocaps_like_file(tmp_path):
-    """50,000 rows of words the tiny teacher never saw: read at once, and trained on."""
-    path = Path(tmp_path / "train.csv")
-    path.write_text("audiocap_id,youtube_id,start_time,caption\n" + "".join(f'{i},x,0,"Noise number {i}, far away"\n' for i in range(50000)))
-    code, output = run("train.py", "--teacher", "tiny", "--captions", path, "--max_steps", 5, "--eval_clips", 0, cwd=tmp_path, threads=2)
-    assert code == 0 and "50000 captions used" in output, output
-
-
-def test_control(monkeypatch, capsys, tmp_path):
-    """The measurements of control.py run, on a few captions, with the teacher itself as a one-step student."""
-    teacher, pairs = str(TINY), control.pairs
-    assert all(text in {t for t, _, _ in world.captions()[1]} for text in (f"{a} {join} {b}" for _, a, join, _, b in pairs(16)))
+def test_control_hears_the_right_events(monkeypatch, capsys, tmp_path):
+    """Its measurements run, on a few captions, with the teacher itself as a one-step student."""
+    texts, pairs = {text for text, _, _ in world.captions()[1]}, control.pairs
+    assert all(f"{a} {join} {b}" in texts for _, a, join, _, b in pairs(16))
     monkeypatch.setattr(control, "pairs", lambda n: pairs(4))
-    control.sweep(teacher, tmp_path / "figure.png")
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[1].strip() for row in rows[1:]] == ["0", "0.5", "1", "1.5", "2", "3", "4"] and (tmp_path / "figure.png").exists()
-    system, held = control.System(teacher), world.captions()[1][:24]
-    right = system.heard(score.real(held, 9), [events[0][0] for _, events, _ in held])
-    wrong = system.heard(score.real(held, 9), [events[0][0] for _, events, _ in held[1:] + held[:1]])
-    assert right.mean() > 0.8 and wrong.mean() < 0.4
+    figure = tmp_path / "figure.png"
+    control.main(["sweep", "--student", str(TINY), "--figure", str(figure)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert rows[1:] == ["0", "0.5", "1", "1.5", "2", "3", "4"] and figure.exists()
+    with pytest.raises(InputError, match="--figure goes with sweep or refine"):
+        control.main(["edit", "--figure", str(figure)])
 
-
-def test_diversity_is_the_mean_distance_of_pairs(teacher):
-    """Of a system that knows one clip only: nothing; of real audio: something."""
-    held = score.held_out(2)
-    still = score.diversity(teacher, {"still": lambda z, y: torch.zeros_like(z)}, held, each=3)
-    assert still["still"] == pytest.approx(0, abs=1e-2) and still["real audio"] > 1
+    system, held = control.System(TINY), score.held_out(512)[:24]
+    events, mels = [events[0][0] for _, _, events, _ in held], score.real(held, 9)
+    assert system.heard(mels, events).mean() > 0.8
+    assert system.heard(mels, events[1:] + events[:1]).mean() < 0.4

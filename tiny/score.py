@@ -1,11 +1,13 @@
-"""How good is a set of tiny clips? Fréchet distance, KL and IS on a small classifier of the world's events.
+"""Score a tiny student on held-out captions: Fréchet distance (FD), KL and IS.
 
-The roles of PANNs CNN14 in the paper's protocol, for the tiny world: one embedding and one row of logits per clip.
+    python -m tiny.score out/student                    # beside its teacher's rows, as shipped
+    python -m tiny.score out/student --all              # the teacher's rows measured again
+    python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
 
-    python -m tiny.score out/student --clips 512
-    python -m tiny.score out/student --diversity 8          # how far apart are eight clips of one caption?
+A small classifier of the world's events plays the part of PANNs CNN14 in the paper's protocol: one
+embedding and one row of logits a clip. Log-mels are scored, before the vocoder, which would take
+longer than everything else. The reference is real audio of the same captions.
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -17,27 +19,37 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from data import read_json, sampling_noise
-from eval import scores
-from model import LOG_MAX, LOG_MIN, Teacher, denoiser, load_unet, log_mel, many_steps, one_step
-from sample import picture
+from extras.audio import log_mel, picture
+from extras.cli import InputError, Parser, number, read_json, replace_file, replace_text, run
+from extras.hub import TINY, open_student
+from extras.metrics import scores
+from extras.publish import write_card
+from losses import guided, one_step
+from model import LOG_MAX, LOG_MIN, Pipeline, denoiser, load_unet, many_steps
+from sample import draw_noise
 from tiny import world
 
 HERE = Path(__file__).resolve().parent
+DIGITS = {"FD": 1, "KL": 2, "IS": 1}            # of each metric, as printed
+# Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
+REFERENCE, FLOOR, DIVERSE = 1, 2, 3
 
+
+# ---- the classifier ----------------------------------------------------------------------------
 
 def blocks(mel):
-    """Log energy of a log-mel (B, 64, frames) in blocks of 2 mels x 40 ms, offset as in VGGish: (B, 32, frames / 4)."""
-    return (F.avg_pool2d(mel.exp()[:, None], (2, 4))[:, 0] + 0.01).log()
+    """Log energy of a log-mel (B, 64, frames) in blocks of 2 mels x 40 ms, offset as in VGGish."""
+    return (F.avg_pool2d(mel.exp()[:, None], (2, 4))[:, 0] + 0.01).log()    # (B, 32, frames / 4)
 
 
 class Classifier(nn.Module):
-    """Log-mel (B, 64, 256) -> (embedding (B, 128) after its ReLU, logits (B, 28), one for each of LABELS)."""
+    """Log-mel (B, 64, 256) -> embedding (B, 128) after its ReLU, logits (B, 28) of world.LABELS."""
 
     def __init__(self, labels=len(world.LABELS)):
         super().__init__()
         chans = [1, 16, 32, 64, 64]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in chans[1:])
         self.embed = nn.Linear(4 * chans[-1], 128)
         self.head = nn.Linear(128, labels)
@@ -46,144 +58,277 @@ class Classifier(nn.Module):
         return self.of_blocks(blocks(mel))
 
     def of_blocks(self, x):
-        x = (x[:, None] + 2) / 2.5                                  # (B, 1, 32, 64)
+        x = (x[:, None] + 2) / 2.5                                          # (B, 1, 32, 64)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.relu(norm(conv(x)))
-            x = F.max_pool2d(x, 2) if i else x                      # (B, 64, 4, 8) in the end
-        x = x.flatten(1, 2)
-        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))             # pools time as CNN14 does
+            x = F.max_pool2d(x, 2) if i else x
+        x = x.flatten(1, 2)                                                 # (B, 64 x 4, 8)
+        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))                     # pools time as CNN14
         return e, self.head(e)
 
 
-@torch.no_grad()
-def features(classifier, mels, batch=64):
-    """Embeddings (n, 128) and logits (n, labels) of log-mels (n, 64, 256)."""
-    parts = [classifier(m) for m in mels.split(batch)]
-    return torch.cat([e for e, _ in parts]), torch.cat([z for _, z in parts])
-
-
 def load_classifier():
+    """Load the shipped classifier, in eval mode."""
     net = Classifier()
     net.load_state_dict(load_file(HERE / "classifier.safetensors"))
     return net.float().eval()
 
 
-def real(descriptions, seed):
-    """Descriptions rendered with a seed: log-mels (n, 64, 256)."""
-    wavs = torch.stack([torch.from_numpy(world.render(np.random.default_rng((seed, i)), events, join)[0])
-                        for i, (_, events, join) in enumerate(descriptions)])
-    return torch.cat([log_mel(w, 64).clamp(LOG_MIN, LOG_MAX) for w in wavs.split(64)])
+@torch.no_grad()
+def features(classifier, mels, batch=64):
+    """Embeddings (n, 128) and logits (n, labels) of log-mels (n, 64, 256)."""
+    embeddings, logits = zip(*(classifier(part) for part in mels.split(batch)))
+    return torch.cat(embeddings), torch.cat(logits)
+
+
+# ---- sounds ------------------------------------------------------------------------------------
+
+def held_out(clips):
+    """So many of the held-out captions: a list of (number, caption, events, join).
+
+    Evenly spread, so that single events, seen and unseen pairs are all there. A caption's number,
+    its place among all of them, is also that of its noise and of its rendering.
+    """
+    held = world.captions()[1]
+    clips = min(clips, len(held))
+    return [(n, *held[n]) for n in (k * len(held) // clips for k in range(clips))]
+
+
+def real(rows, seed):
+    """Render rows of held_out() with a seed: log-mels (n, 64, 256)."""
+    wavs = [world.render(np.random.default_rng((seed, n)), events, join)[0]
+            for n, _, events, join in rows]
+    parts = torch.from_numpy(np.stack(wavs)).split(64)
+    return torch.cat([log_mel(part, 64).clamp(LOG_MIN, LOG_MAX) for part in parts])
 
 
 @torch.no_grad()
-def generate(teacher, captions, latents, name, batch=32, seed=0):
-    """Log-mels (n, 64, 256) of captions; latents(z_T, text) is the system. Caption i gets noise i of the seed.
-
-    They are scored before the vocoder: it would take longer than everything else.
-    """
+def generate(pipe, latents, rows, name, seed=0, batch=32):
+    """Make log-mels (n, 64, 256) of the captions of rows with the system latents(z_T, text)."""
     mels = []
-    for i in tqdm(range(0, len(captions), batch), desc=name):
-        texts = captions[i:i + batch]
-        z_T = torch.stack([sampling_noise(seed, i + k, teacher.latent_shape) for k in range(len(texts))])
-        mels.append(teacher.decode(latents(z_T.to(teacher.device), teacher.encode_text(texts))).cpu())
+    for i in tqdm(range(0, len(rows), batch), desc=name):
+        numbers, captions, _, _ = zip(*rows[i:i + batch])
+        z_T, text = draw_noise(pipe, numbers, seed), pipe.encode_text(captions)
+        # on a CPU the VAE decodes eight clips at a time in 0.6 of the time of 32 at once
+        mels += [pipe.decode(x0).cpu() for x0 in latents(z_T, text).split(8)]
     return torch.cat(mels)
 
 
-def held_out(clips):
-    """So many of the held-out descriptions, evenly spread: single events, seen pairs and unseen pairs alike."""
-    held = world.captions()[1]
-    clips = min(clips, len(held))
-    return [held[k * len(held) // clips] for k in range(clips)]
+# ---- systems -----------------------------------------------------------------------------------
+
+def teacher_latents(pipe, steps, guidance=None):
+    """The tiny teacher as a system, in many steps; guidance None: its own."""
+    if guidance is None:
+        guidance = pipe.settings["sample"]["guidance"]
+    eps = guided(denoiser(load_unet(pipe.folder)), pipe.encode_text([""]), guidance)
+    return lambda z_T, text: many_steps(eps, z_T, text, pipe, steps)
 
 
-def measure(teacher, systems, held, seed=0):
-    """({name: FD, KL, IS}, {name: log-mels}) of systems {name: latents(z_T, text)} and of the descriptions rendered again.
+def teacher_systems(pipe, steps):
+    """What a student is compared with: {name: system}."""
+    return {f"teacher, {steps} steps": teacher_latents(pipe, steps),
+            "student before (teacher, 1 step)": teacher_latents(pipe, 1, guidance=1)}
 
-    The reference is real audio of the same captions, rendered with another seed.
-    """
-    classifier, captions = load_classifier(), [text for text, _, _ in held]
-    reference, sounds = features(classifier, real(held, 1)), {"real audio, rendered again": real(held, 2)}
+
+def load_student(name, pipe):
+    """Load a student of the tiny teacher: (its folder, its swiftaudio.json, the system)."""
+    folder, part, about = open_student(name)
+    teacher = about["teacher"]
+    if part or (teacher != "tiny" and Path(teacher).resolve() != TINY):
+        raise InputError(f"{name}: is no student that train.py made of the tiny teacher (its "
+                         f"teacher: {teacher}); score it with eval.py")
+    eps = denoiser(load_unet(folder, ""))
+
+    def latents(z_T, text):
+        return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"])
+
+    return folder, about, latents
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+def reference(rows):
+    """What the classifier hears in real audio of these rows: embeddings and logits, as shipped."""
+    heard = load_file(HERE / "reference.safetensors")
+    numbers = [n for n, *_ in rows]
+    return heard["embeddings"][numbers], heard["logits"][numbers]
+
+
+def measure(pipe, systems, rows, seed=0):
+    """FD, KL and IS of systems {name: latents(z_T, text)} on rows of held_out(): {name: row}."""
+    classifier, target = load_classifier(), reference(rows)
+    return {name: scores(target, features(classifier, generate(pipe, latents, rows, name, seed)))
+            for name, latents in systems.items()}
+
+
+def floor(rows, seed=0):
+    """FD, KL and IS of the same captions rendered again, the best that a system can be."""
+    again = features(load_classifier(), real(rows, FLOOR + seed))
+    return {"real audio, rendered again": scores(reference(rows), again)}
+
+
+def summary(found):
+    """The mean of several seeds' rows, with "std", the standard deviations; one row is itself."""
+    if len(found) == 1:
+        return found[0]
+    columns = {key: np.array([row[key] for row in found], float) for key in DIGITS}
+    return {**{key: column.mean() for key, column in columns.items()},
+            "std": {key: column.std(ddof=1) for key, column in columns.items()},
+            "seeds": found}
+
+
+def baselines(pipe, rows, seeds, steps=25):
+    """Measure everything that no student changes: {name: summary over the seeds}."""
+    systems, found = teacher_systems(pipe, steps), {}
+    for seed in seeds:
+        for name, row in {**floor(rows, seed), **measure(pipe, systems, rows, seed)}.items():
+            found.setdefault(name, []).append(row)
+    return {name: summary(of_seeds) for name, of_seeds in found.items()}
+
+
+def diversity(pipe, systems, rows, each=8, seed=0):
+    """{name: mean distance between the embeddings of `each` clips of a caption}, over the rows."""
+    classifier = load_classifier()
+    many = [row for row in rows for _ in range(each)]
+    many = [(n, *row[1:]) for n, row in enumerate(many)]                    # each its own noise
+    sounds = {"real audio": real(many, DIVERSE)}
     for name, latents in systems.items():
-        sounds[name] = generate(teacher, captions, latents, name, seed=seed)
-    return {name: scores(reference, features(classifier, mels)) for name, mels in sounds.items()}, sounds
+        sounds[name] = generate(pipe, latents, many, name, seed)
+    found = {}
+    for name, mels in sounds.items():
+        e = features(classifier, mels)[0].view(len(rows), each, -1)         # (captions, each, 128)
+        found[name] = (torch.cdist(e, e).sum() / (len(rows) * each * (each - 1))).item()
+    return found
 
 
-def diversity(teacher, systems, held, each=8, seed=0):
-    """{name: mean distance between the embeddings of `each` clips of one caption}, over the captions of `held`."""
-    classifier, many = load_classifier(), [description for description in held for _ in range(each)]
-    sounds = {"real audio": real(many, 3)}
-    for name, latents in systems.items():
-        sounds[name] = generate(teacher, [text for text, _, _ in many], latents, name, seed=seed)
-    embeddings = {name: features(classifier, mels)[0].view(len(held), each, -1) for name, mels in sounds.items()}
-    return {name: (torch.cdist(e, e).sum() / (len(held) * each * (each - 1))).item() for name, e in embeddings.items()}
+# ---- what is shown -----------------------------------------------------------------------------
+
+def cells(row, sign="+-"):
+    """A row's FD, KL and IS in words, such as "20.7 +- 2.3", or "-" where there is none."""
+    def cell(key, digits):
+        if row[key] is None:
+            return "-"
+        std = f" {sign} {row['std'][key]:.{digits}f}" if "std" in row else ""
+        return f"{row[key]:.{digits}f}{std}"
+
+    return [cell(key, digits) for key, digits in DIGITS.items()]
 
 
 def show(table, clips):
-    print(f"\n{'N = ' + str(clips) + ' held-out captions':36s}" + "".join(f"{k:>8s}" for k in ("FD", "KL", "IS")))
+    """The table {name: row} as lines of text, means below each other."""
+    title = f"N = {clips} held-out captions"
+    lines = [f"{title:34s}" + "".join(f"{key:>8s}{'':8s}" for key in DIGITS)]
     for name, row in table.items():
-        print(f"{name:36s}" + "".join("       -" if row[k] is None else f"{row[k]:8.2f}" for k in ("FD", "KL", "IS")))
+        line = f"{name:34s}"
+        for mean, gap, std in (cell.partition(" ") for cell in cells(row)):
+            line += f"{mean:>8s}{gap + std:8s}"
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def student_latents(folder, teacher):
-    """A student's latents(z_T, text)."""
-    unet, about = load_unet(folder, "").to(teacher.device), read_json(Path(folder) / "swiftaudio.json")
-    return lambda z, y: one_step(denoiser(unet), z, y, teacher, about["parameterization"])
+def shorten(draw, text, width):
+    """Cut a text to so many pixels, ending with "..." if it was longer."""
+    if draw.textlength(text) <= width:
+        return text
+    while text and draw.textlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
 
 
-def teacher_latents(teacher, unet, steps):
-    """The teacher's latents(z_T, text) in many steps; steps=0: in one as a student, which is the student before training."""
-    null, guidance = teacher.encode_text([""]), teacher.defaults["sample"]["guidance"]
-    return lambda z, y: many_steps(denoiser(unet), z, y, null, teacher, steps, guidance) if steps else one_step(denoiser(unet), z, y, teacher)
-
-
-def report(teacher, student_folder, clips=512, steps=25, seed=0):
-    """Score real audio, the teacher at many steps and at one, and a student, on held-out captions.
-
-    Prints a table, returns it, and writes scores.json and spectrograms.png beside the student.
-    """
-    held, after = held_out(clips), read_json(Path(student_folder) / "swiftaudio.json")["step"]
-    unet = load_unet(teacher.folder).to(teacher.device)
-    table, sounds = measure(teacher, {
-        f"teacher, {steps} steps": teacher_latents(teacher, unet, steps),
-        "student before (teacher, 1 step)": teacher_latents(teacher, unet, 0),
-        f"student after {after} steps": student_latents(student_folder, teacher)}, held, seed)
-    show(table, len(held))
-    out = Path(student_folder).parent
-    (out / "scores.json").write_text(json.dumps({"clips": len(held), "seed": seed, "systems": table}, indent=2) + "\n")
-    sheet([text for text, _, _ in held], sounds).save(out / "spectrograms.png")
-    print(f"{out / 'scores.json'}  {out / 'spectrograms.png'}")
-    return table
-
-
-def sheet(captions, sounds, rows=6):
-    """Mel spectrograms side by side: a column a system, a row a caption."""
-    picked, width, height = np.linspace(0, len(captions) - 1, min(rows, len(captions))).astype(int), 384, 144
-    image = Image.new("RGB", (width * len(sounds), height * len(picked) + 20), "white")
+def sheet(captions, sounds):
+    """Mel spectrograms side by side: a row a caption, a column a system of {name: log-mels}."""
+    width, height = 384, 144
+    image = Image.new("RGB", (width * len(sounds), height * len(captions) + 20), "white")
     draw = ImageDraw.Draw(image)
     for column, (name, mels) in enumerate(sounds.items()):
-        draw.text((column * width + 8, 4), name, "black")
-        for row, i in enumerate(picked):
-            tile = picture(mels[i]).resize((width - 8, height - 24))
-            image.paste(tile, (column * width + 4, row * height + 40))
-            draw.text((column * width + 8, row * height + 24), captions[i], "black")
+        x = column * width
+        draw.text((x + 8, 4), name, "black")
+        for row, (caption, mel) in enumerate(zip(captions, mels)):
+            y = row * height + 24
+            draw.text((x + 8, y), shorten(draw, caption, width - 16), "black")
+            image.paste(picture(mel).resize((width - 8, height - 24)), (x + 4, y + 16))
     return image
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Score a tiny student on held-out captions: FD, KL and IS.")
-    parser.add_argument("student", nargs="?", default="out/student")
-    parser.add_argument("--clips", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=25, help="of the teacher")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--diversity", type=int, help="so many clips of each of CLIPS / so many captions, instead of scores")
-    args = parser.parse_args()
+def sample_sheet(pipe, systems, rows, seed):
+    """sheet() of six of the rows, evenly spread: real audio, and the systems."""
+    rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)]
+    sounds = {"real audio, rendered again": real(rows, FLOOR + seed)}
+    for name, latents in systems.items():
+        sounds[name] = generate(pipe, latents, rows, f"picture: {name}", seed)
+    return sheet([caption for _, caption, _, _ in rows], sounds)
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    add = p.add_argument
+    add("student", nargs="?", default="out/student", help="folder of train.py")
+    add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
+    add("--seed", type=number(int), default=0, help="of the noise")
+    add("--steps", type=number(int, 1, 1000),
+        help="of the teacher, with --all or --diversity; None: 25")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--all", action="store_true",
+                      help="measure the rows of real audio and the teacher again")
+    what.add_argument("--diversity", type=number(int, 2), metavar="K",
+                      help="K clips of each of CLIPS / K captions: how far apart are they?")
+    args = p.parse_args(argv)
+    if args.steps and not (args.all or args.diversity):
+        raise InputError("--steps goes with --all or --diversity: the shipped rows have 25")
+    if args.diversity and args.diversity > args.clips:
+        raise InputError(f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
+    args.steps = args.steps or 25
+    return args
+
+
+def report(pipe, args):
+    """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
+    folder, about, latents = load_student(args.student, pipe)
+    student = {f"student after {about['step']} steps": latents}
+    rows, shipped = held_out(args.clips), read_json(HERE / "baselines.json")
+    table = {}
+    if args.all:
+        table = baselines(pipe, rows, [args.seed], args.steps)
+    elif len(rows) == shipped["N"]:
+        table = shipped["systems"]
+    missing = not table
+    table = {**table, **measure(pipe, student, rows, args.seed)}
+    systems = {**teacher_systems(pipe, args.steps), **student}
+    image = sample_sheet(pipe, systems, rows, args.seed)
+
+    print("\n" + show(table, len(rows)))
+    if missing:
+        print(f"The other rows are shipped for N = {shipped['N']}; --all measures them here.")
+    out = folder.parent
+    found = {"clips": len(rows), "seed": args.seed, "systems": table}
+    replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
+    replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
+    metrics = [name + " " + ", ".join(map(" ".join, zip(DIGITS, cells(row))))
+               for name, row in table.items()]
+    write_card(folder, f"{len(rows)} held-out captions of the tiny world: " + "; ".join(metrics))
+    print(f"{out / 'scores.json'}  {out / 'spectrograms.png'}  {folder / 'README.md'}")
+
+
+def report_diversity(pipe, args):
+    """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
+    _, _, latents = load_student(args.student, pipe)
+    systems = {"teacher": teacher_latents(pipe, args.steps), "student": latents}
+    rows = held_out(args.clips // args.diversity)
+    found = diversity(pipe, systems, rows, args.diversity, args.seed)
+    print(f"{len(rows)} captions, {args.diversity} clips each: "
+          + ", ".join(f"{name} {distance:.2f}" for name, distance in found.items())
+          + f", student / teacher {found['student'] / found['teacher']:.3f}")
+
+
+def main(argv=None):
+    args, pipe = parse_args(argv), Pipeline("tiny")
     if args.diversity:
-        teacher = Teacher("tiny")
-        systems = {"teacher": teacher_latents(teacher, load_unet(teacher.folder).to(teacher.device), args.steps),
-                   "student": student_latents(args.student, teacher)}
-        held = held_out(args.clips // args.diversity)
-        spread = diversity(teacher, systems, held, args.diversity, args.seed)
-        print(f"{len(held)} captions, {args.diversity} clips each: " + ", ".join(f"{k} {v:.2f}" for k, v in spread.items())
-              + f", student / teacher {spread['student'] / spread['teacher']:.3f}")
+        report_diversity(pipe, args)
     else:
-        report(Teacher("tiny"), args.student, args.clips, args.steps, args.seed)
+        report(pipe, args)
+
+
+if __name__ == "__main__":
+    run(main)

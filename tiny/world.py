@@ -1,15 +1,17 @@
 """The tiny world: what can sound, how it is described, and what it sounds like.
 
-Twelve sound events with attributes, alone or in pairs ("a dog barks twice while rain falls softly"), are written as
-captions and synthesised with numpy. Nothing is recorded: a caption and a seed give a clip of 2.56 s at 16 kHz.
-To add an event, add a line to EVENTS and a function to SOUNDS, then run `python tiny/make.py`.
+Twelve sound events with attributes, alone or in pairs ("a dog barks twice while rain falls
+softly"), are written as captions and synthesised with numpy. Nothing is recorded: a caption and a
+seed give a clip of 2.56 s at 16 kHz. To add an event, add a line to EVENTS and a function to
+SOUNDS, then run `python tiny/make.py`.
 """
 import numpy as np
 
 RATE, SECONDS = 16000, 2.56
 N = int(RATE * SECONDS)
 
-# event: (subjects, verb, gerund, adverbs). The first subject is the plain one; an unsaid attribute is drawn at random.
+# event: (subjects, verb, gerund, adverbs). The first subject is the plain one; what the words
+# leave open is drawn at random.
 COUNTS = ("once", "twice", "three times")
 EVENTS = {
     "dog": (("a dog", "a small dog", "a big dog"), "barks", "barking", COUNTS),
@@ -26,26 +28,33 @@ EVENTS = {
     "thunder": (("thunder",), "rumbles", "rumbling", ("softly", "loudly")),
 }
 NAMES = list(EVENTS)
-JOINS = ("and", "while", "with", "followed by", "then")     # the last two put the second event after the first
-LABELS = [f"{e} {a}" for e in NAMES for a in EVENTS[e][3]]  # what the metrics' classifier tells apart
-# Pairs that no training caption contains, in either order: half of the held-out pair captions are of these.
-UNSEEN = [("dog", "engine"), ("cat", "siren"), ("bird", "engine"), ("bell", "wind"), ("clock", "thunder"),
-          ("alarm", "hammer"), ("dog", "bell"), ("cat", "hammer"), ("bird", "clock"), ("siren", "rain"),
-          ("engine", "alarm"), ("wind", "thunder")]
+JOINS = ("and", "while", "with", "followed by", "then")     # the last two: one after the other
+LABELS = [f"{e} {a}" for e in NAMES for a in EVENTS[e][3]]  # what the classifier tells apart
+# Pairs that no training caption contains, in either order. A quarter of the held-out captions
+# are of these.
+UNSEEN = [
+    ("dog", "engine"), ("cat", "siren"), ("bird", "engine"), ("bell", "wind"),
+    ("clock", "thunder"), ("alarm", "hammer"), ("dog", "bell"), ("cat", "hammer"),
+    ("bird", "clock"), ("siren", "rain"), ("engine", "alarm"), ("wind", "thunder"),
+]
 
+
+# ---- words -------------------------------------------------------------------------------------
 
 def phrase(event, subject, adverb, gerund=False):
-    """One event in words: phrase("dog", 0, "twice") is "a dog barks twice"."""
+    """Put one event into words: phrase("dog", 0, "twice") is "a dog barks twice"."""
     subjects, verb, gerund_form, _ = EVENTS[event]
     who, _, where = subjects[subject].partition(" on ")
-    return " ".join(filter(None, [who, gerund_form if gerund else verb, where and f"on {where}", adverb]))
+    words = [who, gerund_form if gerund else verb, where and f"on {where}", adverb]
+    return " ".join(filter(None, words))
 
 
 def draw(rng, pairs=None):
-    """Draw a description: a tuple of one or two (event, subject, adverb), and the word that joins them or ""."""
+    """Draw a description: one or two (event, subject, adverb), and the word that joins them."""
     def attributes(event):
         subjects, _, _, adverbs = EVENTS[event]
         return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + adverbs + adverbs))
+
     if pairs is None:                                       # one event
         return (attributes(str(rng.choice(NAMES))),), ""
     first, second = pairs[rng.integers(len(pairs))]
@@ -55,13 +64,16 @@ def draw(rng, pairs=None):
 
 
 def caption(rng, events, join):
-    """The description in words; verb forms vary where English allows both."""
-    gerund = rng.random() < 0.3 if join in ("", "and") else join in ("with", "followed by")
-    first = phrase(*events[0], gerund=gerund if join in ("", "and") else False)
+    """Put a description into words; verb forms vary where English allows both."""
+    free = join in ("", "and")
+    gerund = rng.random() < 0.3 if free else join in ("with", "followed by")
+    first = phrase(*events[0], gerund=gerund and free)
     return first if not join else f"{first} {join} {phrase(*events[1], gerund=gerund)}"
 
 
-# ---- sounds: each takes (rng, subject, adverb, seconds) and returns samples of any length up to that many seconds ----
+# ---- sounds ------------------------------------------------------------------------------------
+# Each takes (rng, subject, adverb, seconds) and returns samples (n,), of any length up to that
+# many seconds.
 
 def envelope(n, attack, decay):
     t = np.arange(n) / RATE
@@ -69,13 +81,13 @@ def envelope(n, attack, decay):
 
 
 def harmonics(f0, weights):
-    """Sum of harmonics of a frequency track f0 (Hz per sample), those above 7.5 kHz left out."""
+    """Sum the harmonics of a frequency track f0 (n,) in Hz, leaving out those above 7.5 kHz."""
     phase = 2 * np.pi * np.cumsum(f0) / RATE
     return sum(w * np.sin(k * phase) * (k * f0 < 7500) for k, w in enumerate(weights, 1))
 
 
 def band(rng, n, low, high, order=2):
-    """Noise of unit variance between two frequencies, with soft edges."""
+    """Noise (n,) of unit variance between two frequencies, with soft edges."""
     f = np.fft.rfftfreq(n, 1 / RATE) + 1
     shape = 1 / np.sqrt((1 + (low / f) ** (2 * order)) * (1 + (f / high) ** (2 * order)))
     x = np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * shape, n)
@@ -83,7 +95,7 @@ def band(rng, n, low, high, order=2):
 
 
 def repeat(rng, adverb, gap, one):
-    """The sound one() once, twice or three times, about `gap` seconds apart."""
+    """Play the sound one() once, twice or three times, about `gap` seconds apart."""
     times = COUNTS.index(adverb) + 1
     starts = [int(i * gap * rng.uniform(0.97, 1.03) * RATE) for i in range(times)]
     parts = [one() for _ in range(times)]
@@ -95,25 +107,31 @@ def repeat(rng, adverb, gap, one):
 
 def dog(rng, subject, adverb, seconds):
     f0 = (rng.uniform(300, 380), rng.uniform(520, 640), rng.uniform(160, 210))[subject]
+
     def bark():
         n = int(rng.uniform(0.17, 0.21) * RATE)
         t = np.linspace(0, 1, n)
         voice = harmonics(f0 * (1 + 0.5 * np.sin(np.pi * t) - 0.2 * t), 0.8 ** np.arange(12))
         return (voice + 0.5 * band(rng, n, 500, 3000)) * envelope(n, 0.015, 0.06)
+
     return 0.35 * repeat(rng, adverb, 0.36, bark)
 
 
 def cat(rng, subject, adverb, seconds):
     f0 = (rng.uniform(480, 560), rng.uniform(850, 980))[subject]
+
     def meow():
         n = int(rng.uniform(0.42, 0.5) * RATE)
         t = np.linspace(0, 1, n)
-        return harmonics(f0 * (1 + 0.45 * np.sin(np.pi * t ** 0.7)), (0.5, 1, 0.7, 0.3, 0.2)) * np.sin(np.pi * t) ** 0.6
+        track = f0 * (1 + 0.45 * np.sin(np.pi * t ** 0.7))
+        return harmonics(track, (0.5, 1, 0.7, 0.3, 0.2)) * np.sin(np.pi * t) ** 0.6
+
     return 0.3 * repeat(rng, adverb, 0.6, meow)
 
 
 def bird(rng, subject, adverb, seconds):
-    gap, f0 = (0.4 if adverb == "slowly" else 0.14) * rng.uniform(0.95, 1.05), rng.uniform(3200, 3800)
+    gap = (0.4 if adverb == "slowly" else 0.14) * rng.uniform(0.95, 1.05)
+    f0 = rng.uniform(3200, 3800)
     out = np.zeros(int(seconds * RATE))
     for start in np.arange(rng.uniform(0, gap), seconds - 0.1, gap):
         n = int(0.07 * RATE)
@@ -125,13 +143,18 @@ def bird(rng, subject, adverb, seconds):
 
 def rain(rng, subject, adverb, seconds):
     n = int(seconds * RATE)
-    return 0.05 * band(rng, n, 1500, 5000) if adverb == "softly" else 0.25 * band(rng, n, 500, 7000, 1)
+    if adverb == "softly":
+        return 0.05 * band(rng, n, 1500, 5000)
+    return 0.25 * band(rng, n, 500, 7000, 1)
 
 
 def wind(rng, subject, adverb, seconds):
     n = int(seconds * RATE)
-    swell = 1 + 0.6 * np.sin(2 * np.pi * (rng.uniform(0.4, 0.8) * np.arange(n) / RATE + rng.random()))
-    return swell * (0.07 * band(rng, n, 150, 450) if adverb == "softly" else 0.22 * band(rng, n, 300, 900))
+    cycles = rng.uniform(0.4, 0.8) * np.arange(n) / RATE + rng.random()
+    swell = 1 + 0.6 * np.sin(2 * np.pi * cycles)
+    if adverb == "softly":
+        return swell * (0.07 * band(rng, n, 150, 450))
+    return swell * (0.22 * band(rng, n, 300, 900))
 
 
 def siren(rng, subject, adverb, seconds):
@@ -143,32 +166,40 @@ def siren(rng, subject, adverb, seconds):
 
 def bell(rng, subject, adverb, seconds):
     f0 = (rng.uniform(700, 800), rng.uniform(1400, 1600), rng.uniform(330, 390))[subject]
+    # partials: multiple of f0, amplitude, decay in seconds
+    partials = ((1, 1, 0.25), (2.0, 0.6, 0.2), (2.76, 0.5, 0.12), (4.1, 0.3, 0.08),
+                (5.4, 0.2, 0.05))
+
     def strike():
         n = int(0.9 * RATE)
         t = np.arange(n) / RATE
-        return sum(w * np.sin(2 * np.pi * f0 * k * t) * np.exp(-t / d) * (f0 * k < 7500) for k, w, d in
-                   ((1, 1, 0.25), (2.0, 0.6, 0.2), (2.76, 0.5, 0.12), (4.1, 0.3, 0.08), (5.4, 0.2, 0.05))
-                   ) * np.minimum(t / 0.003, 1) * np.minimum((n - np.arange(n)) / 800, 1)
+        ring = sum(w * np.sin(2 * np.pi * f0 * k * t) * np.exp(-t / d) * (f0 * k < 7500)
+                   for k, w, d in partials)
+        return ring * np.minimum(t / 0.003, 1) * np.minimum((n - np.arange(n)) / 800, 1)
+
     return 0.25 * repeat(rng, adverb, 0.4, strike)
 
 
 def clock(rng, subject, adverb, seconds):
-    gap, f0 = (0.5 if adverb == "slowly" else 0.17) * rng.uniform(0.96, 1.04), rng.uniform(2200, 2600)
+    gap = (0.5 if adverb == "slowly" else 0.17) * rng.uniform(0.96, 1.04)
+    f0 = rng.uniform(2200, 2600)
     out = np.zeros(int(seconds * RATE))
     for i, start in enumerate(np.arange(rng.uniform(0, gap), seconds - 0.06, gap)):
         n = int(0.05 * RATE)
         t = np.arange(n) / RATE
         f = f0 * (1 if i % 2 else 0.8)
         j = int(start * RATE)
-        out[j:j + n] += (np.sin(2 * np.pi * f * t) + 0.5 * rng.standard_normal(n)) * np.exp(-t / 0.008)
+        click = np.sin(2 * np.pi * f * t) + 0.5 * rng.standard_normal(n)
+        out[j:j + n] += click * np.exp(-t / 0.008)
     return 0.5 * out
 
 
 def engine(rng, subject, adverb, seconds):
     n = int(seconds * RATE)
-    f0 = (rng.uniform(42, 50) if adverb == "slowly" else rng.uniform(95, 115)) * (1 + 0.03 * np.sin(
-        2 * np.pi * (rng.uniform(1, 2) * np.arange(n) / RATE + rng.random())))
-    return 0.12 * harmonics(f0, 0.88 ** np.arange(24)) + 0.04 * band(rng, n, 80, 900)
+    f0 = rng.uniform(42, 50) if adverb == "slowly" else rng.uniform(95, 115)
+    cycles = rng.uniform(1, 2) * np.arange(n) / RATE + rng.random()
+    track = f0 * (1 + 0.03 * np.sin(2 * np.pi * cycles))
+    return 0.12 * harmonics(track, 0.88 ** np.arange(24)) + 0.04 * band(rng, n, 80, 900)
 
 
 def alarm(rng, subject, adverb, seconds):
@@ -180,46 +211,57 @@ def alarm(rng, subject, adverb, seconds):
 
 def hammer(rng, subject, adverb, seconds):
     metal = subject == 2 or (subject == 0 and rng.random() < 0.5)
+    # modes: frequency in Hz, decay in seconds
+    modes = ((190, 0.05), (410, 0.03), (830, 0.015))
+    if metal:
+        modes = ((1150, 0.12), (2730, 0.09), (4420, 0.05))
+
     def blow():
         n = int(0.25 * RATE)
         t = np.arange(n) / RATE
-        modes = ((1150, 0.12), (2730, 0.09), (4420, 0.05)) if metal else ((190, 0.05), (410, 0.03), (830, 0.015))
-        ring = sum(np.sin(2 * np.pi * f * rng.uniform(0.98, 1.02) * t) * np.exp(-t / d) for f, d in modes)
-        return (ring + rng.standard_normal(n) * np.exp(-t / 0.004)) * np.minimum((n - np.arange(n)) / 400, 1)
+        ring = sum(np.sin(2 * np.pi * f * rng.uniform(0.98, 1.02) * t) * np.exp(-t / d)
+                   for f, d in modes)
+        hit = rng.standard_normal(n) * np.exp(-t / 0.004)
+        return (ring + hit) * np.minimum((n - np.arange(n)) / 400, 1)
+
     return 0.35 * repeat(rng, adverb, 0.38, blow)
 
 
 def thunder(rng, subject, adverb, seconds):
     n = int(seconds * RATE)
     t = np.arange(n) / RATE
-    roll = sum(np.exp(-np.maximum(t - s, 0) / 0.5) * (t > s) * np.minimum(np.maximum(t - s, 0) / 0.05, 1)
-               for s in (0.02, *rng.uniform(0.2, 0.6, 2) * seconds))
+    claps = (0.02, *rng.uniform(0.2, 0.6, 2) * seconds)
+    roll = sum(np.exp(-np.maximum(t - s, 0) / 0.5) * (t > s)
+               * np.minimum(np.maximum(t - s, 0) / 0.05, 1) for s in claps)
     low, loud = (70, 0.07) if adverb == "softly" else (180, 0.28)
     return loud * roll * band(rng, n, 30, low)
 
 
-SOUNDS = dict(dog=dog, cat=cat, bird=bird, rain=rain, wind=wind, siren=siren, bell=bell, clock=clock, engine=engine,
-              alarm=alarm, hammer=hammer, thunder=thunder)
+SOUNDS = {sound.__name__: sound for sound in (
+    dog, cat, bird, rain, wind, siren, bell, clock, engine, alarm, hammer, thunder)}
 
 
 def render(rng, events, join):
-    """Synthesise a description. Returns (waveform (N,) float32 with peak 0.95, the list of LABELS indices it holds)."""
+    """Synthesise a description: waveform (N,) float32 with peak 0.95, and indices of its LABELS."""
     out, labels = np.zeros(N), []
     ordered = join in ("followed by", "then")
     for i, (event, subject, adverb) in enumerate(events):
         adverb = adverb or str(rng.choice(EVENTS[event][3]))
-        if subject == 0:                                    # the plain subject may be any of them, except hammers' ground
-            subject = 0 if event == "hammer" else int(rng.integers(len(EVENTS[event][0])))
+        if subject == 0 and event != "hammer":  # the plain subject may be any; a hammer draws later
+            subject = int(rng.integers(len(EVENTS[event][0])))
         seconds = SECONDS / 2 if ordered else SECONDS
         x = SOUNDS[event](rng, subject, adverb, seconds)[:int(seconds * RATE)]
-        fade = min(320, len(x))                             # 20 ms, so that cut sounds end without a click
+        fade = min(320, len(x))                 # 20 ms, so that cut sounds end without a click
         x[-fade:] *= np.linspace(1, 0, fade)
         start = int(i * N / 2) if ordered else 0
-        start += int(rng.integers(int(seconds * RATE) - len(x) + 1) * (0.8 if ordered else 1))
+        room = int(seconds * RATE) - len(x)
+        start += int(rng.integers(room + 1) * (0.8 if ordered else 1))
         out[start:start + len(x)] += x
         labels.append(LABELS.index(f"{event} {adverb}"))
     return (0.95 * out / np.abs(out).max()).astype(np.float32), labels
 
+
+# ---- the data sets -----------------------------------------------------------------------------
 
 def describe(rng, pairs, share_single, taken=()):
     """Draw one (caption, events, join) whose caption is not in `taken`."""
@@ -248,15 +290,21 @@ def pairs(seen):
 def captions(seed=0, train=6000, heldout=512):
     """The world's captions: (training, held-out) lists of (caption, events, join), all different.
 
-    Of the held-out ones a sixteenth are single events (there are 134 such captions in all), a quarter pairs in UNSEEN.
+    Of the held-out ones a sixteenth are single events (there are 134 such captions in all), a
+    quarter pairs in UNSEEN.
     """
     rng = np.random.default_rng(seed)
-    held = (distinct(rng, heldout // 16, None, 1.0) + distinct(rng, heldout * 11 // 16, pairs(True), 0.0)
-            + distinct(rng, heldout // 4, UNSEEN, 0.0))
+    held = distinct(rng, heldout // 16, None, 1.0)
+    held += distinct(rng, heldout * 11 // 16, pairs(True), 0.0)
+    held += distinct(rng, heldout // 4, UNSEEN, 0.0)
     return distinct(rng, train, pairs(True), 0.2, {text for text, _, _ in held}), held
 
 
 def clips(number, seen, seed=0):
-    """What the teacher's training clips hold (seen), or those of the metrics' classifier (any pair). Captions repeat."""
-    rng, held = np.random.default_rng((seed, int(seen))), {text for text, _, _ in captions(seed)[1]}
+    """What the teacher's training clips hold (seen), or the classifier's (any pair).
+
+    Captions repeat, but none is held out.
+    """
+    rng = np.random.default_rng((seed, int(seen)))
+    held = {text for text, _, _ in captions(seed)[1]}
     return [describe(rng, pairs(seen), 0.2, held) for _ in range(number)]

@@ -1,0 +1,72 @@
+"""What all commands share: errors of one line, flags with bounds, files that are always whole."""
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+
+class InputError(SystemExit):
+    """Something the user gave is wrong: ends the program with this one line and exit code 1."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help and complains in one line."""
+
+    def __init__(self, description, **kw):
+        kw.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description.split("\n\n")[0], **kw)
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+def number(kind, low=0, high=math.inf):
+    """Return an argparse type: an int or a float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__                      # argparse names it in "invalid int value"
+    return parse
+
+
+def run(main):
+    """Run a command's main(), saying in one line what the file system refuses."""
+    try:
+        main()
+    except OSError as e:
+        raise InputError(e)
+
+
+def read_json(path):
+    """Read a JSON file; InputError where it is not one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{path}: is not JSON ({e})")
+
+
+def replace_file(path, save):
+    """Call save(temporary path), then rename: a killed program leaves the old file or the new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        save(temporary)
+        os.chmod(temporary, 0o644)                      # safetensors leaves files private
+        os.replace(temporary, path)
+    except Exception as e:                              # a full disk: each library its own error
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(e).split())[:120]
+        raise InputError(f"{path}: not saved ({reason}); is the disk full? What was there before "
+                         "is intact")
+
+
+def replace_text(path, text):
+    """replace_file() for text."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,268 @@
+"""The metrics of the paper's section IV and the networks behind them.
+
+FD, KL and IS are taken on PANNs CNN14, FAD on VGGish. The paper's text has the two networks the
+other way round; its numbers, and the public evaluation code, have them as here.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import ClapModel, ClapProcessor
+from transformers.audio_utils import mel_filter_bank
+
+from extras.audio import read_audio
+from extras.cli import InputError
+from model import RATE
+
+EPS = 1e-6                              # added to the generated clip's probabilities in KL
+
+
+# ---- the two networks, under the published parameter names -------------------------------------
+
+class ConvBlock(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(n, o, 3, padding=1, bias=False) for n in (i, o))
+        self.bn1, self.bn2 = nn.BatchNorm2d(o), nn.BatchNorm2d(o)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)))
+
+
+class Cnn14(nn.Module):
+    """PANNs CNN14 at 16 kHz (Kong et al. 2020, arXiv 1912.10211).
+
+    Waveforms (B, N) -> embedding (B, 2048) after its ReLU, logits (B, 527) of AudioSet's classes.
+    """
+
+    file = "Cnn14_16k_mAP=0.438.pth"
+    url = "https://zenodo.org/record/3987831/files/Cnn14_16k_mAP%3D0.438.pth"
+
+    def __init__(self):
+        super().__init__()
+        # the published file holds the STFT (as convolutions) and the mel filters too
+        stft = {part: nn.Conv1d(1, 257, 512, stride=160, bias=False)
+                for part in ("conv_real", "conv_imag")}
+        self.spectrogram_extractor = nn.ModuleDict({"stft": nn.ModuleDict(stft)})
+        self.logmel_extractor = nn.ParameterDict({"melW": torch.zeros(257, 64)})
+        self.bn0 = nn.BatchNorm2d(64)
+        chans = [1, 64, 128, 256, 512, 1024, 2048]
+        for n, (i, o) in enumerate(zip(chans, chans[1:]), 1):
+            setattr(self, f"conv_block{n}", ConvBlock(i, o))
+        self.fc1, self.fc_audioset = nn.Linear(2048, 2048), nn.Linear(2048, 527)
+
+    def forward(self, wav):
+        wav = F.pad(wav[:, None], (256, 256), mode="reflect")
+        power = sum(conv(wav) ** 2 for conv in self.spectrogram_extractor["stft"].values())
+        mel = power.transpose(1, 2) @ self.logmel_extractor["melW"]             # (B, frames, 64)
+        x = 10 * mel.clamp(min=1e-10).log10()
+        x = self.bn0(x.transpose(1, 2)[..., None])                              # per mel bin
+        x = x[..., 0].transpose(1, 2)[:, None]                                  # (B, 1, frames, 64)
+        for n in range(1, 7):
+            x = getattr(self, f"conv_block{n}")(x)
+            x = F.avg_pool2d(x, 2) if n < 6 else x
+        x = x.mean(3)                                                           # (B, 2048, frames)
+        e = F.relu(self.fc1(x.amax(2) + x.mean(2)))
+        return e, self.fc_audioset(e)
+
+
+class VGGish(nn.Module):
+    """VGGish (Hershey et al. 2017, arXiv 1609.09430) without its last ReLU.
+
+    A waveform (1, N) at 16 kHz -> (patches of 0.96 s, 128).
+    """
+
+    file = "vggish-10086976.pth"
+    url = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
+
+    def __init__(self):
+        super().__init__()
+        layers, i = [], 1
+        for o in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
+            if o == "pool":
+                layers += [nn.MaxPool2d(2)]
+            else:
+                layers += [nn.Conv2d(i, o, 3, padding=1), nn.ReLU()]
+                i = o
+        self.features = nn.Sequential(*layers)
+        self.embeddings = nn.Sequential(
+            nn.Linear(512 * 24, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
+            nn.Linear(4096, 128))
+        bank = mel_filter_bank(257, 64, 125.0, 7500.0, RATE, mel_scale="htk",
+                               triangularize_in_mel_space=True)
+        self.register_buffer("bank", torch.from_numpy(bank).float(), persistent=False)
+
+    def forward(self, wav):
+        window = torch.hann_window(400, device=wav.device)
+        frames = wav[0].unfold(0, 400, 160) * window
+        x = (torch.fft.rfft(frames, 512).abs() @ self.bank + 0.01).log()        # (frames, 64)
+        x = x[:len(x) // 96 * 96].reshape(-1, 1, 96, 64)                        # drops the tail
+        x = self.features(x).permute(0, 2, 3, 1).flatten(1)                     # TensorFlow's order
+        return self.embeddings(x)
+
+
+def load_network(kind, folder, download=False):
+    """Load Cnn14 or VGGish from its published file: (network in eval mode, sha256 of the file).
+
+    Raises InputError where the file is missing (and not to be downloaded), another or damaged.
+    """
+    path = Path(folder) / kind.file
+    if not path.exists():
+        if not download:
+            raise InputError(f"{path}: not there; download it from {kind.url}, or pass --download, "
+                             "or --features tiny to try things out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(kind.url, path, progress=True)
+        except OSError as e:
+            raise InputError(f"{kind.url}: cannot be downloaded ({e}); get it elsewhere and put it "
+                             f"at {path}")
+    network = kind()
+    try:
+        with torch.serialization.safe_globals(numpy_globals()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state.get("model", state))
+    except Exception as e:                              # torch.load fails in many ways
+        reason = (str(e) or type(e).__name__).splitlines()[0][:150]
+        raise InputError(f"{path}: is not the published file or is damaged; remove it and get it "
+                         f"anew ({reason})")
+    return network.float().eval(), sha256(path)
+
+
+def numpy_globals():
+    """What a pickle of plain numpy values names: PANNs' file holds counters of numpy 1."""
+    core = getattr(np, "_core", None) or np.core
+    functions = core.multiarray.scalar, core.multiarray._reconstruct
+    named = [(f, f"numpy.{module}.multiarray.{f.__name__}")
+             for f in functions for module in ("core", "_core")]
+    return [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd"), *named]
+
+
+def sha256(*paths):
+    """Hash the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- the metrics -------------------------------------------------------------------------------
+
+def frechet(x, y):
+    """Fréchet distance of samples (n, d) and (m, d) under Gaussian fits, covariances over n - 1.
+
+    tr (Sx Sy)^(1/2) is the nuclear norm of X Y^T, with X, Y the centred samples over sqrt(n - 1):
+    no matrix square root is taken, so it is exact for n < d as well. Where n > d, QR first makes
+    the matrix d x d at most.
+    """
+    x, y = x.double(), y.double()
+    dm = x.mean(0) - y.mean(0)
+    x, y = ((a - a.mean(0)) / (len(a) - 1) ** 0.5 for a in (x, y))
+    rx, ry = (torch.linalg.qr(a, "r").R if len(a) > a.shape[1] else a for a in (x, y))
+    cross = torch.linalg.matrix_norm(rx @ ry.T, "nuc")
+    return float(dm @ dm + x.square().sum() + y.square().sum() - 2 * cross)
+
+
+def kl_divergence(reference, generated):
+    """Mean over rows of KL(softmax(reference) || softmax(generated) + 1e-6).
+
+    Logits (n, classes), paired by row.
+    """
+    p, q = reference.double().log_softmax(-1), generated.double().softmax(-1)
+    return float((p.exp() * (p - (q + EPS).log())).sum(-1).mean())
+
+
+def inception_score(logits, splits=10):
+    """exp(mean KL(p(class | clip) || p(class))), the mean of it over tenths of the clips.
+
+    Logits (n, classes), shuffled with seed 2020 as in the public evaluation code.
+    """
+    logits = logits.double()[np.random.RandomState(2020).permutation(len(logits))]
+    n, found = len(logits), []
+    for k in range(splits):
+        p = logits[k * n // splits:(k + 1) * n // splits].log_softmax(-1)
+        marginal = p.exp().mean(0)
+        found.append((p.exp() * (p - marginal.log())).sum(-1).mean().exp())
+    return float(torch.stack(found).mean())
+
+
+def scores(reference, generated):
+    """FD, KL and IS of two (embeddings, logits) paired by row; None where the rows are too few."""
+    (real, real_logits), (made, made_logits) = reference, generated
+    return {"FD": frechet(real, made) if len(made) > 1 else None,
+            "KL": kl_divergence(real_logits, made_logits),
+            "IS": inception_score(made_logits) if len(made) > 9 else None}
+
+
+class Clap:
+    """Cosine similarity of sound and text by a CLAP model: a hub name, or a folder."""
+
+    def __init__(self, name, device):
+        try:
+            self.model = ClapModel.from_pretrained(name).to(device).eval()
+            self.processor = ClapProcessor.from_pretrained(name)
+        except (OSError, ValueError) as e:
+            raise InputError(f"--clap {name}: cannot be loaded ({str(e).splitlines()[0][:150]}); "
+                             "download it elsewhere and pass its folder")
+        digest = hashlib.sha256()
+        for weight in self.model.parameters():
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        self.weights = {str(name): digest.hexdigest()}
+
+    @torch.no_grad()
+    def __call__(self, path, texts, seconds):
+        """Compare the first `seconds` of a file, 10 at most, with each of the texts: (texts,)."""
+        seconds = min(seconds, 10.0)                    # a longer one would be cropped at random
+        wav = read_audio(path, seconds, 48000).numpy()
+        sound = self.processor(audio=[wav], sampling_rate=48000, return_tensors="pt")
+        words = self.processor(text=list(texts), padding=True, truncation=True,
+                               return_tensors="pt")
+        a = self.model.get_audio_features(**sound.to(self.model.device)).pooler_output
+        t = self.model.get_text_features(**words.to(self.model.device)).pooler_output
+        return F.cosine_similarity(a, t).cpu()
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+def pair(generated, reference, prompts=None):
+    """Name the generated WAVs, of `prompts` where given; InputError where one has no reference."""
+    real, made = ({p.name for p in Path(f).glob("*.wav")} for f in (reference, generated))
+    made = sorted(made if prompts is None else made & set(prompts))
+    if not made or not real:
+        raise InputError(f"{reference if made else generated}: holds no WAV file")
+    if alone := [name for name in made if name not in real]:
+        raise InputError(f"{generated}: {len(alone)} of {len(made)} files have no partner in "
+                         f"{reference}, {alone[0]} for one")
+    if left := len(real) - len(made):
+        print(f"{left} of {len(real)} files of {reference} have no generated clip and are left out")
+    return made
+
+
+@torch.no_grad()
+def score_folders(generated, reference, hear, seconds, clap=None, prompts=None):
+    """Score a folder of WAVs against another by file name: (names, {"N", "FD", ..., "CLAP"}).
+
+    hear: waveform (1, N) -> embedding (1, d), logits (1, classes) and, for FAD, VGGish's patches
+    (n, 128). seconds: what files are cut to. prompts: {file name: text} for CLAP; where given,
+    only these files count. A metric that cannot be had is None.
+    """
+    names, real, made = pair(generated, reference, prompts), [], []
+    for name in tqdm(names, desc="score"):
+        for folder, heard in ((reference, real), (generated, made)):
+            heard.append(hear(read_audio(Path(folder) / name, seconds)[None]))
+    real, made = ([torch.cat(column).cpu() for column in zip(*heard)] for heard in (real, made))
+    row = {"N": len(names), **scores(real[:2], made[:2])}
+    row["FAD"] = frechet(real[2], made[2]) if len(made) > 2 else None
+    row["CLAP"] = None
+    if clap and prompts:
+        cosines = [float(clap(Path(generated) / name, [prompts[name]], seconds))
+                   for name in tqdm(names, desc="clap")]
+        row["CLAP"] = sum(cosines) / len(cosines)
+    return names, row

@@ -1,0 +1,200 @@
+"""From latents to sound: the folded decoder, HiFi-GAN against one written out, Griffin-Lim."""
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import VOCODER
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from extras.audio import log_mel
+from extras.cli import InputError
+from extras.decoders import fold_upsampling, load_vocoder
+from model import Pipeline
+from tiny.vocoder import GriffinLim
+
+
+def test_folded_upsampling_is_the_same_decoder(plain):
+    """Against diffusers' own decoder, edges included."""
+    vae, folded = (AutoencoderKL.from_pretrained(plain / "vae").eval() for _ in range(2))
+    fold_upsampling(folded.decoder)
+    assert sum(isinstance(m, nn.ConvTranspose2d) for m in folded.modules()) == 3
+    z = torch.randn(2, 4, 3, 5)
+    with torch.no_grad():
+        a, b = vae.decode(z).sample, folded.decode(z).sample
+    assert torch.allclose(a, b, atol=1e-5 * a.abs().max()) and a.std() > 1e-3
+
+
+# ---- HiFi-GAN (arXiv 2010.05646, figure 1), under the names of the published weights ------------
+
+class Residual(nn.Module):
+    def __init__(self, width, kernel, dilations):
+        super().__init__()
+
+        def convolutions(dilations):
+            return nn.ModuleList(weight_norm(nn.Conv1d(
+                width, width, kernel, dilation=d, padding=d * (kernel - 1) // 2))
+                for d in dilations)
+
+        self.convs1, self.convs2 = convolutions(dilations), convolutions([1] * len(dilations))
+
+    def forward(self, x):
+        for first, second in zip(self.convs1, self.convs2):
+            x = x + second(F.leaky_relu(first(F.leaky_relu(x, 0.1)), 0.1))
+        return x
+
+
+class Generator(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.rates, width = config["upsample_rates"], config["upsample_initial_channel"]
+        self.conv_pre = weight_norm(nn.Conv1d(config["num_mels"], width, 7, padding=3))
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, kernel in zip(self.rates, config["upsample_kernel_sizes"]):
+            width //= 2
+            self.ups.append(weight_norm(nn.ConvTranspose1d(2 * width, width, kernel, rate)))
+            for sizes in zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"]):
+                self.resblocks.append(Residual(width, *sizes))
+        self.conv_post = weight_norm(nn.Conv1d(width, 1, 7, padding=3))
+
+    def forward(self, mel):                                                 # (B, mels, frames)
+        x, n = self.conv_pre(mel), len(self.resblocks) // len(self.ups)
+        for i, (up, rate) in enumerate(zip(self.ups, self.rates)):
+            length = x.shape[-1] * rate
+            # All taps, then the middle. Where the kernel is longer by an odd number, one more is
+            # cut at the start, and the end lacks one, which is the bias alone.
+            x = up(F.leaky_relu(x, 0.1))
+            missing = length - x.shape[-1]
+            start = math.ceil(-missing / 2)
+            x = torch.cat([x, up.bias[:, None].expand(len(x), -1, start)], -1)
+            cut = x[..., start:start + length]
+            x = sum(block(cut) for block in self.resblocks[i * n:i * n + n]) / n
+        return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))[:, 0]
+
+    def published(self):
+        """The state under the names that weight norm had when the weights were published."""
+        names = {"parametrizations.weight.original0": "weight_g",
+                 "parametrizations.weight.original1": "weight_v"}
+        state = self.state_dict()
+        for new, old in names.items():
+            state = {k.replace(new, old): v for k, v in state.items()}
+        return state
+
+
+def write_generator(folder, **more):
+    """Write a random HiFi-GAN as published; the network as written out above."""
+    config = {**VOCODER, **more}
+    torch.manual_seed(0)
+    network = Generator(config).eval()
+    for name, w in network.named_parameters():
+        if name.endswith("original0"):                                      # g, the length of w
+            nn.init.uniform_(w, 0.6, 1.2)
+        else:
+            nn.init.normal_(w, std=0.1)
+    torch.save({"generator": network.published(), "steps": 3}, folder / "vocoder.pt")
+    (folder / "config.json").write_text(json.dumps(config))
+    return network
+
+
+KERNELS = [dict(upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4]),      # even
+           dict(upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 7, 4]),      # one odd
+           dict(upsample_rates=[5, 4], upsample_kernel_sizes=[10, 7]),                  # both odd
+           dict(upsample_rates=[2, 5], upsample_kernel_sizes=[5, 6])]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_hifigan_equals_the_network_written_out(tmp_path, kernels):
+    theirs, mine = write_generator(tmp_path, **kernels), load_vocoder(tmp_path)
+    mel = torch.randn(2, 64, 9)
+    with torch.no_grad():
+        expected, wav = theirs(mel), mine(mel.transpose(1, 2))
+    assert wav.shape == (2, 9 * math.prod(kernels["upsample_rates"]))
+    torch.testing.assert_close(wav, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 1e-2 and expected.abs().max() < 0.99            # not saturated
+
+
+def test_weight_norm_is_folded(tmp_path):
+    theirs, mine = write_generator(tmp_path), load_vocoder(tmp_path)
+    for name, layer in (("conv_pre", mine.conv_pre), ("ups.1", mine.upsampler[1]),
+                        ("resblocks.3.convs2.1", mine.resblocks[3].convs2[1])):
+        torch.testing.assert_close(layer.weight, theirs.get_submodule(name).weight)
+    assert not any("weight_" in name or "original" in name for name, _ in mine.named_parameters())
+
+
+def test_what_is_not_supported_is_one_line(broken):
+    path = broken / "vocoder/config.json"
+    path.write_text(json.dumps({**VOCODER, "resblock": "2"}))
+    with pytest.raises(InputError, match="vocoder/config.json: only HiFi-GAN's resblock 1"):
+        Pipeline(broken)
+    path.write_text(json.dumps({**VOCODER, "upsample_rates": [5, 4, 4]}))
+    with pytest.raises(InputError, match="vocoder: cannot be loaded") as e:
+        Pipeline(broken)
+    assert "\n" not in str(e.value)
+    path.write_text("{")
+    with pytest.raises(InputError, match="vocoder/config.json: is not JSON"):
+        Pipeline(broken)
+
+
+class Bomb:
+    went_off = []
+
+    def __reduce__(self):
+        return Bomb.went_off.append, (1,)
+
+
+def test_a_vocoder_that_holds_code_is_not_run(broken):
+    path = broken / "vocoder/vocoder.pt"
+    contents = [pickle.dumps(Bomb()), b"not a pickle", b""]
+    torch.save({"generator": Bomb()}, path)
+    contents.append(path.read_bytes())
+    Bomb.went_off.clear()
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="vocoder") as e:
+            Pipeline(broken)
+        assert "\n" not in str(e.value)
+    assert "vocoder.pt: holds more than tensors or is damaged, and was not run" in str(e.value)
+    assert not Bomb.went_off
+
+
+# ---- Griffin-Lim ------------------------------------------------------------------------------
+
+def test_griffin_lim_returns_the_mel():
+    """A tone between two multiples of 100 Hz, and the same clip alone and in a batch."""
+    t = torch.arange(40960) / 16000
+    wav = torch.stack([0.5 * torch.sin(2 * math.pi * 1234 * t),
+                       0.5 * torch.sin(2 * math.pi * 440 * t) * torch.exp(-2 * t)])
+    mel, vocoder = log_mel(wav, 64), GriffinLim(64, 32)
+    again = vocoder(mel.transpose(1, 2))
+    assert again.shape == wav.shape
+    assert torch.allclose(again[1:], vocoder(mel[1:].transpose(1, 2)), atol=1e-4)
+    assert (log_mel(again, 64) - mel)[mel > -2].abs().mean() < 0.17     # 0.18 without momentum
+    peak = torch.fft.rfft(again[0]).abs().argmax() * 16000 / 40960
+    assert peak == pytest.approx(1234, abs=60)                  # a mel is about 60 Hz wide there
+
+
+# ---- precision --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32),
+                                             (torch.float16, torch.float16),
+                                             (torch.float32, torch.float32)])
+def test_the_vocoder_s_precision(plain, dtype, expected):
+    """bf16 is too coarse for HiFi-GAN."""
+    pipe = Pipeline(plain, dtype=dtype)
+    assert {p.dtype for p in pipe.vae.parameters()} == {dtype}
+    assert {p.dtype for p in pipe.vocoder.parameters()} == {expected}
+    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
+    wav = pipe.vocode(torch.zeros(1, 64, 8))
+    assert wav.dtype == torch.float32 and wav.shape == (1, 8 * 160)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_griffin_lim_stays_fp32(dtype):
+    """A pipeline in half precision, as on a GPU, has the same Griffin-Lim."""
+    mel = torch.randn(1, 64, 16).clamp(max=2)
+    half, full = Pipeline("tiny", dtype=dtype), Pipeline("tiny")
+    assert torch.equal(half.vocode(mel), full.vocode(mel))

@@ -1,0 +1,389 @@
+import importlib
+import importlib.util
+import math
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    ClapProcessor,
+    RobertaTokenizerFast,
+)
+from transformers.audio_utils import mel_filter_bank
+
+from extras import metrics
+from extras.cli import InputError
+from extras.metrics import (
+    Cnn14,
+    VGGish,
+    frechet,
+    inception_score,
+    kl_divergence,
+    load_network,
+    pair,
+    score_folders,
+    scores,
+    sha256,
+)
+
+
+@pytest.fixture
+def g():
+    return torch.Generator().manual_seed(0)
+
+
+# ---- the metrics -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, d", [(400, 8), (30, 50)])                  # n > d and n < d
+def test_frechet_distance_has_its_closed_forms(g, n, d):
+    x = torch.randn(n, d, generator=g).double()
+    centred, variance = x - x.mean(0), float(x.T.cov().trace())
+    assert frechet(x, x) == pytest.approx(0, abs=1e-8)
+    assert frechet(x, x + 2) == pytest.approx(4 * d, rel=1e-9)
+    assert frechet(centred, 2 * centred) == pytest.approx(variance, rel=1e-9)   # (2 - 1)^2 tr S
+
+
+def test_frechet_distance_equals_that_of_eigenvalues(g):
+    """tr (Sx Sy)^(1/2) is the sum of the roots of the product's eigenvalues."""
+    x = torch.randn(300, 6, generator=g).double()
+    y = torch.randn(200, 6, generator=g).double() @ torch.randn(6, 6, generator=g).double()
+    sx, sy, dm = x.T.cov(), y.T.cov(), x.mean(0) - y.mean(0)
+    cross = torch.linalg.eigvals(sx @ sy).real.clamp(min=0).sqrt().sum()
+    expected = dm @ dm + sx.trace() + sy.trace() - 2 * cross
+    assert frechet(x, y) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_kl_has_its_closed_form():
+    z = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
+    assert kl_divergence(z, torch.zeros(2, 3)) == pytest.approx(expected, abs=1e-5)
+    assert kl_divergence(z, z) == pytest.approx(0, abs=1e-5)
+
+
+def test_inception_score_is_one_without_variety_and_the_classes_with_all_of_it():
+    assert inception_score(torch.zeros(20, 3)) == pytest.approx(1)
+    assert inception_score(torch.eye(3) * 100, 1) == pytest.approx(3)
+
+
+def test_scores_of_too_few_clips_are_none(g):
+    def clips(n):
+        return torch.randn(n, 4, generator=g), torch.zeros(n, 3)
+
+    row = scores(clips(9), clips(9))
+    assert row["FD"] > 0 and row["KL"] < 1e-5 and row["IS"] is None
+    assert scores(clips(1), clips(1))["FD"] is None
+    assert scores(clips(10), clips(10))["IS"] == pytest.approx(1)
+
+
+def test_scores_equal_an_independent_float64_computation(g):
+    e, f = (torch.randn(64, 20, generator=g).relu() for _ in range(2))
+    y, z = (3 * torch.randn(64, 12, generator=g) for _ in range(2))
+    row = scores((e, y), (f, z))
+
+    a, b = e.double().numpy(), f.double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(a.T))
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T                # tr (Sa^1/2 Sb Sa^1/2)^1/2
+    cross = np.sqrt(np.linalg.eigvalsh(root @ np.cov(b.T) @ root).clip(0)).sum()
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    fd = means + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * cross
+
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    p, q = softmax(y.double().numpy()), softmax(z.double().numpy())
+    kl = (p * np.log(p / (q + 1e-6))).sum(1).mean()
+
+    shuffled = q[np.random.RandomState(2020).permutation(64)]
+    parts = [shuffled[64 * k // 10:64 * (k + 1) // 10] for k in range(10)]
+    inception = np.mean([np.exp((s * np.log(s / s.mean(0))).sum(1).mean()) for s in parts])
+    assert (row["FD"], row["KL"], row["IS"]) == pytest.approx((fd, kl, inception), rel=1e-5)
+
+
+# ---- the two networks --------------------------------------------------------------------------
+
+def norm_state(name, size):
+    return {f"{name}.weight": torch.rand(size) + 0.5, f"{name}.bias": 0.1 * torch.randn(size),
+            f"{name}.running_mean": 0.1 * torch.randn(size),
+            f"{name}.running_var": torch.rand(size) + 0.5,
+            f"{name}.num_batches_tracked": torch.tensor(7)}
+
+
+def cnn14_state():
+    """Random weights under the published names, the front end as the published file holds it."""
+    n, k = torch.arange(512), torch.arange(257)[:, None]
+    angle, window = 2 * math.pi * n * k / 512, torch.hann_window(512)
+    mel = mel_filter_bank(257, 64, 50.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
+    state = {"spectrogram_extractor.stft.conv_real.weight": (angle.cos() * window)[:, None],
+             "spectrogram_extractor.stft.conv_imag.weight": (-angle.sin() * window)[:, None],
+             "logmel_extractor.melW": torch.from_numpy(mel).float(), **norm_state("bn0", 64)}
+    i = 1
+    for block, o in enumerate((64, 128, 256, 512, 1024, 2048), 1):
+        for conv, width in ((1, i), (2, o)):
+            weight = torch.randn(o, width, 3, 3) * (2 / (9 * width)) ** 0.5
+            state[f"conv_block{block}.conv{conv}.weight"] = weight
+            state |= norm_state(f"conv_block{block}.bn{conv}", o)
+        i = o
+    for name, o in (("fc1", 2048), ("fc_audioset", 527)):
+        state |= {f"{name}.weight": torch.randn(o, 2048) / 45, f"{name}.bias": torch.randn(o) / 10}
+    return state
+
+
+def cnn14_by_layer(wav, s):
+    """What CNN14 is, from PyTorch's spectrogram and the state's tensors: (embedding, logits)."""
+    def norm(x, name, axis):
+        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
+        mean, var, weight, bias = (s[f"{name}.{k}"].view(shape) for k in (
+            "running_mean", "running_var", "weight", "bias"))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    spectrum = torch.stft(wav[0], 512, 160, window=torch.hann_window(512), center=True,
+                          pad_mode="reflect", return_complex=True)
+    mel = (spectrum.abs() ** 2).T @ s["logmel_extractor.melW"]
+    x = norm(10 * torch.log10(mel.clamp(min=1e-10))[None, None], "bn0", 3)      # (1, 1, T, 64)
+    for block in range(1, 7):
+        for conv in (1, 2):
+            x = F.conv2d(x, s[f"conv_block{block}.conv{conv}.weight"], padding=1)
+            x = norm(x, f"conv_block{block}.bn{conv}", 1).relu()
+        if block < 6:
+            t, m = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+            x = (x[:, :, :t:2, :m:2] + x[:, :, 1:t:2, :m:2]
+                 + x[:, :, :t:2, 1:m:2] + x[:, :, 1:t:2, 1:m:2]) / 4
+    x = x.mean(3)
+    x = (x.max(2).values + x.mean(2)) @ s["fc1.weight"].T + s["fc1.bias"]
+    return x.relu(), x.relu() @ s["fc_audioset.weight"].T + s["fc_audioset.bias"]
+
+
+def test_cnn14_is_its_layers_and_is_read_from_a_file_of_numpy_1(tmp_path, g):
+    state = cnn14_state()
+    # the published file holds numpy counters, pickled under the names of numpy 1
+    counters = {"state": np.arange(3), "at": np.float64(2)}
+    torch.save({"iteration": 3, "model": state, "sampler": counters}, tmp_path / "new.pth")
+    new, old = b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"
+    with zipfile.ZipFile(tmp_path / "new.pth") as source:
+        with zipfile.ZipFile(tmp_path / Cnn14.file, "w") as target:
+            for item in source.infolist():
+                content = source.read(item)
+                pickled = item.filename.endswith("data.pkl")
+                target.writestr(item, content.replace(new, old) if pickled else content)
+
+    net, digest = load_network(Cnn14, tmp_path)
+    assert digest == sha256(tmp_path / Cnn14.file) and len(digest) == 64 and not net.training
+    wav = 0.3 * torch.randn(1, 32000, generator=g)
+    with torch.no_grad():
+        e, logits = net(wav)
+    expected, expected_logits = cnn14_by_layer(wav, state)
+    assert e.shape == (1, 2048) and (e > 0).float().mean() > 0.2
+    torch.testing.assert_close(e, expected, rtol=0, atol=2e-3 * float(expected.max()))
+    scale = float(expected_logits.abs().max())
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-3 * scale)
+
+
+VGGISH = {
+    "features.0": (64, 1, 3, 3), "features.3": (128, 64, 3, 3), "features.6": (256, 128, 3, 3),
+    "features.8": (256, 256, 3, 3), "features.11": (512, 256, 3, 3),
+    "features.13": (512, 512, 3, 3), "embeddings.0": (4096, 12288), "embeddings.2": (4096, 4096),
+    "embeddings.4": (128, 4096)}
+
+
+def vggish_patch(wav, k, s):
+    """Row k of VGGish by numpy and the state's tensors."""
+    frames = np.lib.stride_tricks.sliding_window_view(wav[0].numpy(), 400)[::160]
+    frames = frames[96 * k:96 * k + 96] * np.hanning(401)[:-1]
+    magnitude = np.abs(np.fft.rfft(frames, 512))
+    mel = lambda hertz: 1127 * np.log(1 + hertz / 700)
+    bins, edges = mel(np.linspace(0, 8000, 257))[:, None], np.linspace(mel(125), mel(7500), 66)
+    up = (bins - edges[:-2]) / np.diff(edges)[:-1]
+    down = (edges[2:] - bins) / np.diff(edges)[1:]
+    bank = np.maximum(0, np.minimum(up, down))
+    x = torch.from_numpy(np.log(magnitude @ bank + 0.01)).float()[None, None]
+
+    for name in list(VGGISH)[:6]:
+        x = F.conv2d(x, s[f"{name}.weight"], s[f"{name}.bias"], padding=1).relu()
+        x = F.max_pool2d(x, 2) if name not in ("features.6", "features.11") else x
+    x = x[0].permute(1, 2, 0).flatten()                                 # (time, mel, channel)
+    for name in list(VGGISH)[6:]:
+        x = F.linear(x.relu(), s[f"{name}.weight"], s[f"{name}.bias"])
+    return x
+
+
+def test_vggish_is_its_layers(tmp_path, g):
+    state = {}
+    for name, shape in VGGISH.items():
+        fan_in = math.prod(shape[1:])
+        state[f"{name}.weight"] = torch.randn(shape) * (2 / fan_in) ** 0.5
+        state[f"{name}.bias"] = 0.1 * torch.randn(shape[0])
+    torch.save(state, tmp_path / VGGish.file)
+    net, _ = load_network(VGGish, tmp_path)
+    wav = 0.3 * torch.randn(1, 163840, generator=g)
+    wav *= 10 ** torch.linspace(-3, 0, 163840)          # a quiet start shows the log's offset
+    with torch.no_grad():
+        out, ten = net(wav), net(wav[:, :160000])
+        expected = vggish_patch(wav, 1, state)
+    assert out.shape == ten.shape == (10, 128)                          # of 10.24 s and of 10 s
+    assert out.min() < 0                                                # no ReLU behind
+    torch.testing.assert_close(out[1], expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+PACKAGES = "panns_inference", "torchlibrosa", "torchvggish", "resampy"
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, PACKAGES)),
+                    reason=f"needs {', '.join(PACKAGES)}")
+def test_the_networks_are_those_of_the_public_packages(tmp_path, monkeypatch, g):
+    """On random weights under the packages' own names, through their own code."""
+    for name in ("panns_inference", "torchvggish"):     # their own start would download
+        package = types.ModuleType(name)
+        package.__path__ = importlib.util.find_spec(name).submodule_search_locations
+        monkeypatch.setitem(sys.modules, name, package)
+    models = importlib.import_module("panns_inference.models")
+    examples = importlib.import_module("torchvggish.vggish_input")
+    vggish = importlib.import_module("torchvggish.torchvggish")
+    wav = 0.1 * torch.randn(2, 160000, generator=g)
+
+    theirs = models.Cnn14(sample_rate=16000, window_size=512, hop_size=160, mel_bins=64, fmin=50,
+                          fmax=8000, classes_num=527).eval()
+    theirs.bn0.running_mean.fill_(-30)
+    theirs.bn0.running_var.fill_(200)
+    torch.save({"model": theirs.state_dict()}, tmp_path / Cnn14.file)
+    ours, _ = load_network(Cnn14, tmp_path)
+    with torch.no_grad():
+        expected, (e, z) = theirs(wav), ours(wav)
+    torch.testing.assert_close(e, expected["embedding"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.sigmoid(), expected["clipwise_output"], rtol=0, atol=1e-5)
+
+    theirs = vggish.VGG(vggish.make_layers(), postprocess=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / VGGish.file)
+    ours, _ = load_network(VGGish, tmp_path)
+    x = examples.waveform_to_examples(wav[0].double().numpy(), 16000)
+    with torch.no_grad():
+        hidden = theirs.features(x).permute(0, 2, 3, 1).flatten(1)
+        expected = theirs.embeddings[:-1](hidden)
+        torch.testing.assert_close(ours(wav[:1]), expected, rtol=0, atol=1e-6)
+
+
+class Small(torch.nn.Linear):
+    """A network to load in the place of the two, which are large."""
+
+    file, url = "small.pth", "https://somewhere/small.pth"
+
+    def __init__(self):
+        super().__init__(2, 3)
+
+
+def test_missing_or_wrong_network_files_are_named(tmp_path):
+    missing = r"Cnn14_16k_mAP=0.438.pth: not there; download it from https://zenodo"
+    with pytest.raises(InputError, match=missing):
+        load_network(Cnn14, tmp_path)
+    for content in ({"model": {"weight": torch.zeros(2)}}, {"model": print}, [1]):
+        torch.save(content, tmp_path / Small.file)
+        with pytest.raises(InputError, match="small.pth: is not the published file or is damaged"):
+            load_network(Small, tmp_path)
+
+
+def test_a_network_is_downloaded_once_and_a_failure_says_where_to_put_it(tmp_path, monkeypatch):
+    calls, folder, network = [], tmp_path / "new/weights", Small()
+
+    def fails(url, path, progress):
+        raise OSError("no network")
+
+    def works(url, path, progress):
+        calls.append(url)
+        torch.save({"model": network.state_dict()}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
+    with pytest.raises(InputError, match=r"somewhere.*no network.*put it at .*weights/small.pth"):
+        load_network(Small, folder, download=True)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", works)
+    found = [load_network(Small, folder, download=True) for _ in range(2)]
+    assert calls == [Small.url] and found[0][1] == found[1][1]
+    assert torch.equal(found[1][0].weight, network.weight)
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+def write_noise(folder, names, seed):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for name in names:
+        soundfile.write(folder / name, 0.1 * rng.standard_normal(32000), 16000)
+
+
+def test_folders_are_paired_by_name(tmp_path, capsys):
+    real, made = tmp_path / "real", tmp_path / "made"
+    write_noise(real, ("a.wav", "b.wav", "c.wav"), 0)
+    write_noise(made, ("b.wav", "a.wav"), 1)
+    (made / "notes.txt").write_text("not a clip")
+    assert pair(made, real) == ["a.wav", "b.wav"]
+    assert "1 of 3 files" in capsys.readouterr().out
+    assert pair(made, real, {"b.wav": "rain"}) == ["b.wav"]
+    write_noise(made, ("d.wav",), 2)
+    with pytest.raises(InputError, match="made: 1 of 3 files have no partner in .*real, d.wav"):
+        pair(made, real)
+    for generated, reference in ((tmp_path / "none", real), (made, tmp_path / "none")):
+        with pytest.raises(InputError, match="none: holds no WAV file"):
+            pair(generated, reference)
+
+
+def test_each_score_is_of_its_own_rows(tmp_path):
+    """FD of embeddings, KL of pairs, IS of the generated, FAD of pooled patches, CLAP's mean."""
+    names = [f"{k:02d}.wav" for k in range(12)]
+    real, made = tmp_path / "real", tmp_path / "made"
+    write_noise(real, names, 0)
+    write_noise(made, names, 1)
+    hear = lambda wav: (wav[:, :5], 9 * wav[:, 5:9], wav[0, :30].view(10, 3))
+    prompts = {name: str(k) for k, name in enumerate(names)}
+    clap = lambda path, texts, seconds: torch.tensor([float(texts[0]) * (path.parent == made)])
+    found, row = score_folders(made, real, hear, 2.0, clap, prompts)
+    r, m = (torch.stack([metrics.read_audio(folder / name)[:30] for name in names])
+            for folder in (real, made))
+    expected = scores((r[:, :5], 9 * r[:, 5:9]), (m[:, :5], 9 * m[:, 5:9]))
+    assert found == names and row["N"] == 12 and row["CLAP"] == 5.5
+    assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+    assert row["FAD"] == pytest.approx(frechet(r.view(-1, 3), m.view(-1, 3)), rel=1e-5)
+    _, row = score_folders(made, real, lambda wav: hear(wav)[:2], 2.0, clap)
+    assert row["FAD"] is None and row["CLAP"] is None
+
+
+def write_clap(folder):
+    """A small random CLAP model in the published layout."""
+    torch.manual_seed(0)
+    text = dict(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=16, max_position_embeddings=80)
+    audio = dict(patch_embeds_hidden_size=16, depths=[1, 1, 1, 1], num_mel_bins=64,
+                 num_attention_heads=[1, 1, 2, 2], hidden_size=128, spec_size=256)
+    config = ClapConfig(text_config=text, audio_config=audio, projection_dim=8)
+    ClapModel(config).save_pretrained(folder)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a dog barks"], vocab_size=300,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.save_model(str(folder))
+    tokenizer = RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                                     model_max_length=77)
+    ClapProcessor(ClapFeatureExtractor(truncation="rand_trunc"), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clap(tmp_path_factory):
+    return write_clap(tmp_path_factory.mktemp("clap"))
+
+
+def test_clap_is_a_cosine_and_does_not_depend_on_luck(clap, tmp_path):
+    model = metrics.Clap(clap, "cpu")
+    noise = 0.1 * np.random.default_rng(0).standard_normal(12 * 16000)
+    soundfile.write(tmp_path / "long.wav", noise, 16000)
+    a, b = (model(tmp_path / "long.wav", ["a dog barks", "rain"], 30) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (2,)
+    assert a.abs().max() <= 1 and a[0] != a[1]
+
+
+def test_a_clap_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"--clap {tmp_path}: cannot be loaded"):
+        metrics.Clap(tmp_path, "cpu")
