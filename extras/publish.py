@@ -19,13 +19,16 @@ one UNet pass.
 """
 
 
-def write_card(folder, metrics="not measured; see eval.py"):
-    """Write README.md beside a student's swiftaudio.json."""
-    about = read_json(Path(folder) / "swiftaudio.json")
+def write_card(folder, metrics=None):
+    """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
+    path, about = Path(folder) / "README.md", read_json(Path(folder) / "swiftaudio.json")
+    if metrics is None and path.exists() and f", {about['step']} steps\n" in path.read_text():
+        return                              # this very student's, and perhaps scored since
     teacher = about["teacher"]
     name = Path(teacher).name if Path(teacher).is_absolute() else teacher
     auffusion = re.search("auffusion|swiftaudio", name.lower())
-    replace_text(Path(folder) / "README.md", CARD.format(
+    replace_text(path, CARD.format(
         licence="mit" if name == "tiny" else "cc-by-nc-sa-4.0" if auffusion else "other",
         base=f"base_model: {name}\n" if "/" in name else "", teacher=name, step=about["step"],
-        command=about.get("command", "python train.py"), metrics=metrics))
+        command=about.get("command", "python train.py"),
+        metrics=metrics or "not measured; see eval.py"))

@@ -1,4 +1,5 @@
 """Small random teachers in Auffusion's two layouts, and helpers to run the command lines."""
+import gc
 import os
 import runpy
 import shutil
@@ -102,6 +103,12 @@ def refused(script, *flags, cwd, says, **kw):
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true",
                      help="run the slow tests too (minutes to an hour, up to 24 GB)")
+
+
+def pytest_collection_finish(session):
+    """Keep the garbage collector from walking through all that was imported: a tenth faster."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

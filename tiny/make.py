@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from extras.audio import log_mel, mel_to_image
-from extras.cli import Parser, run
+from extras.cli import Parser, replace_file, run
 from model import LOG_MAX, LOG_MIN, Pipeline
 from tiny import score, world
 from tiny.score import HERE
@@ -310,7 +310,9 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
     for p, e in zip(params, ema):
         p.data.copy_(e)
     unet.half().save_pretrained(TEACHER / "unet")
-    text.half().save_pretrained(TEACHER / "text_encoder")
+    # the names of published CLIP models: transformers 5.0 reads no others
+    state = {f"text_model.{name}": w for name, w in text.half().state_dict().items()}
+    text.save_pretrained(TEACHER / "text_encoder", state_dict=state)
     tokenizer.save_pretrained(TEACHER / "tokenizer")
     scheduler.save_pretrained(TEACHER / "scheduler")
 
@@ -336,7 +338,8 @@ def stage_baselines(seeds=(0, 1, 2)):
     """What scoring a student needs and no student changes: the reference, and the other rows."""
     rows = score.held_out(512)
     heard = score.features(score.load_classifier(), score.real(rows, score.REFERENCE))
-    save_file(dict(zip(("embeddings", "logits"), heard)), HERE / "reference.safetensors")
+    heard = dict(zip(("embeddings", "logits"), heard))
+    replace_file(HERE / "reference.safetensors", lambda path: save_file(heard, path))
     systems = score.baselines(Pipeline("tiny"), rows, seeds)
     floors = [score.FLOOR + seed for seed in seeds]
     content = {"N": len(rows), "noise_seeds": seeds, "systems": systems,
