@@ -103,11 +103,11 @@ class Pipeline(nn.Module):
         encoder, tokenizer, self.adapter = "text_encoder", "tokenizer", None
         conditions = folder / "condition_config.json"
         if conditions.exists():             # Auffusion's older layout: an adapter behind the text
-            listed = read_json(conditions)
-            if len(listed) != 1:
-                raise InputError(f"{conditions}: lists {len(listed)} text encoders, not one")
-            encoder = tokenizer = listed[0]["text_encoder_name"]
-            self.adapter = load_part(folder, listed[0]["condition_adapter_name"], load_adapter)
+            listed, names = read_json(conditions), ("text_encoder_name", "condition_adapter_name")
+            if len(listed) != 1 or not all(name in listed[0] for name in names):
+                raise InputError(f"{conditions}: must list one {' and one '.join(names)}")
+            encoder = tokenizer = listed[0][names[0]]
+            self.adapter = load_part(folder, listed[0][names[1]], load_adapter)
         self.tokenizer = load_part(folder, tokenizer, AutoTokenizer.from_pretrained)
         self.text_encoder = load_part(folder, encoder, load_clip)
         self.tokens = self.text_encoder.config.max_position_embeddings      # 77

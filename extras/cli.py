@@ -28,9 +28,10 @@ def number(kind, low=0, high=math.inf):
     """Return an argparse type: an int or a float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+            finite = "" if math.isfinite(value) else " and finite"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{finite}")
         return value
 
     parse.__name__ = kind.__name__                      # argparse names it in "invalid int value"

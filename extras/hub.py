@@ -22,10 +22,10 @@ def find(name, skip=()):
         raise InputError(f"{name}: no such folder, and not a name on the hub (user/model)")
     parts = ["unet/*", "vae/*", "text_encoder*", "tokenizer/*", "scheduler/*", "vocoder/*",
              "condition_*", "config.json", "swiftaudio.json", "diffusion_pytorch_model.*"]
-    variants = "*.*.*"                                  # such as model.fp16.safetensors
+    variants = "*.*.safetensors", "*.*.bin"             # such as model.fp16.safetensors
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=parts,
-                                                      ignore_patterns=[variants, *skip]))
+                                                      ignore_patterns=[*variants, *skip]))
     except Exception as e:
         raise InputError(f"{name}: not a folder here, and the hub did not give it "
                          f"({type(e).__name__}: no network, or an unknown name?); download it "

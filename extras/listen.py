@@ -12,7 +12,8 @@ def read_manifest(folder):
     """The rows of a folder's manifest.json, or [] where there is none."""
     path = Path(folder) / "manifest.json"
     rows = read_json(path) if path.exists() else []
-    if not isinstance(rows, list):
+    known = {"file", "prompt", "seed", "k"}
+    if not isinstance(rows, list) or not all(known <= set(row) for row in rows):
         raise InputError(f"{path}: is not sample.py's; choose another folder")
     return rows
 

@@ -30,7 +30,8 @@ def test_numbers_within_their_bounds(type, text, value):
     (number(int), "-1", "--flag: -1 must be at least 0"),
     (number(float, 0, 1), "1.5", "--flag: 1.5 must be between 0 and 1"),
     (number(float, 0, 0.99999), "1", "--flag: 1 must be between 0 and 0.99999"),
-    (number(float), "nan", "--flag: nan must be at least 0"),
+    (number(float), "nan", "--flag: nan must be at least 0 and finite"),
+    (number(float), "inf", "--flag: inf must be at least 0 and finite"),
     (number(int), "1.5", "--flag: invalid int value: '1.5'"),
     (number(float), "much", "--flag: invalid float value: 'much'"),
     (number(int), "", "--flag: invalid int value: ''")])

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import refused
 from test_metrics import write_clap
 
@@ -90,18 +89,6 @@ def test_a_row_says_how_it_was_made(scored):
     assert scored["rate"] == 16000 and scored["seconds"] == 10
     assert len(scored["weights"]["classifier"]) == 64 and scored["list"] == NAMES
     assert scored["captions"] is None and scored["crop_seed"] is None
-
-
-@pytest.fixture
-def tf32():
-    """The two switches, on: of cuDNN's convolutions and of matrix products."""
-    switches = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = True
-    yield switches
-    for switch, value in zip(switches, before):
-        switch.allow_tf32 = value
 
 
 @pytest.mark.parametrize("flags", [

@@ -112,7 +112,8 @@ def test_folders_that_cannot_be_shown_are_named(folders, tmp_path):
 
 def test_manifests_of_others_are_refused(tmp_path):
     assert read_manifest(tmp_path) == []
-    for content, says in (("{", "is not JSON"), ('{"a": 1}', "is not sample.py's")):
+    for content, says in (("{", "is not JSON"), ('{"a": 1}', "is not sample.py's"),
+                          ("[{}]", "is not sample.py's")):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(InputError, match=f"manifest.json: {says}"):
             read_manifest(tmp_path)

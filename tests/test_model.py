@@ -71,9 +71,11 @@ def test_the_older_layout_s_folders_are_those_its_config_names(adapter, tmp_path
 def test_several_text_encoders_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path, "adapter")
     path = folder / "condition_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) * 2))
-    with pytest.raises(InputError, match="lists 2 text encoders, not one"):
-        Pipeline(folder)
+    listed = json.loads(path.read_text())
+    for broken in (listed * 2, [], [{"condition_adapter_name": "condition_adapter_0"}]):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match="must list one text_encoder_name"):
+            Pipeline(folder)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

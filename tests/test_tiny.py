@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run
 from PIL import Image, ImageDraw
 
+import sample
 import train
 from extras.cli import InputError
 from extras.hub import TINY
@@ -278,10 +279,10 @@ def test_the_first_losses_are_those_of_the_readme(tmp_path):
         assert found == pytest.approx(expected, rel=5e-2)
 
 
-def test_train_score_and_sample_end_to_end(tmp_path):
-    code, output = run("train.py", "--teacher", "tiny", "--max_steps", 2, "--batch_size", 2,
-                       cwd=tmp_path)
-    assert code == 0 and "python sample.py --student out/student" in output, output
+def test_train_score_and_sample_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu"])
+    assert "python sample.py --student out/student" in capsys.readouterr().out
 
     command = [sys.executable, "-m", "tiny.score", tmp_path / "out/student", "--clips", "16"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
@@ -297,9 +298,9 @@ def test_train_score_and_sample_end_to_end(tmp_path):
     assert (tmp_path / "out/spectrograms.png").stat().st_size > 10000
     assert "16 held-out captions" in (tmp_path / "out/student/README.md").read_text()
 
-    code, output = run("sample.py", "--prompt", "a dog barks twice", cwd=tmp_path)
-    assert code == 0 and "samples/a-dog-barks-twice_seed0_0.wav" in output, output
-    assert "warning" not in output, output
+    sample.main(["--prompt", "a dog barks twice", "--device", "cpu"])
+    output = capsys.readouterr().out
+    assert "samples/a-dog-barks-twice_seed0_0.wav" in output and "warning" not in output, output
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Training: every flag does its part, runs repeat bit for bit, and nothing is ever lost."""
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -33,6 +34,22 @@ SMALL = [
 
 def flags_of(out, plain, captions):
     return ["--teacher", plain, "--captions", captions, "--out_dir", out, *SMALL]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Read each teacher once, as a third of so short a run is reading: nothing trains in it."""
+    @functools.cache
+    def read(folder):
+        return load_unet(folder)
+
+    def copied_unet(folder, dtype=torch.float32):
+        return copy.deepcopy(read(folder)).to(dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Pipeline", functools.cache(Pipeline))
+        patch.setattr(train, "load_unet", copied_unet)
+        yield
 
 
 def go(plain, captions, out, *flags):
