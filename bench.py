@@ -357,11 +357,11 @@ def main(argv=None):
     add("what", nargs="?", choices=("all", "sample", "train", "memory"), default="all")
     add("--size", choices=("both", "full", "tiny"), default="both",
         help="Auffusion's with random weights, or the tiny world's")
-    add("--device", help="cuda, mps or cpu; None: the first there is")
+    add("--device", help="cuda, mps or cpu; default: the first there is")
     add("--batch_size", type=count, nargs="+",
-        help="clips at a time; None: 1, on a GPU also 16; of training: captions; None: 16")
-    add("--grad_accum", type=count, help="forward passes in a training step; None: 4, of tiny 1")
-    add("--runs", type=count, help="timed calls; None: 10 on a GPU, else 1, of tiny 5")
+        help="clips at a time; default: 1, on a GPU also 16; of training: captions; default: 16")
+    add("--grad_accum", type=count, help="forward passes in a training step; default: 4, of tiny 1")
+    add("--runs", type=count, help="timed calls; default: 10 on a GPU, else 1, of tiny 5")
     add("--compile", action="store_true", help="sampling: torch.compile, CUDA graphs on a GPU")
     args = p.parse_args(argv)
 

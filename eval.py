@@ -49,7 +49,7 @@ def parse_args(argv=None):
         add("--seconds", type=number(float, 0.1, 3600), default=10.0,
             help="length that recordings and clips are cut to")
         if name == "score":
-            add("--device", help="cuda, mps or cpu; None: the first there is")
+            add("--device", help="cuda, mps or cpu; default: the first there is")
             add("--generated", type=Path, required=True, help="folder of generated WAVs")
             add("--json", type=Path, help="file to write")
             continue

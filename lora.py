@@ -125,7 +125,8 @@ def save_lora(network, folder, rank, alpha):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora_layers(network))}
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora_layers(network)),
+              "rank_pattern": {}, "alpha_pattern": {}}              # diffusers 0.36 wants them
     replace_text(folder / "adapter_config.json",
                  json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
     # diffusers looks for alpha in the file's own metadata and would take alpha = rank without it

@@ -34,14 +34,14 @@ def add_system(add):
     count = number(int, 1)
     add("--student", default="out/student",
         help="folder of train.py, or a complete one-step model: folder or hub name")
-    add("--teacher", help="hub name, folder or tiny; None: the one the student was distilled from")
+    add("--teacher", help="hub name, folder or tiny; default: the student's own")
     add("--teacher_steps", type=number(int, 1, 1000), help="sample the teacher, in so many steps")
-    add("--guidance", type=number(float), help="the teacher's; None: its folder's own, else 7.5")
+    add("--guidance", type=number(float), help="the teacher's; default: its folder's own, else 7.5")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=count, default=8, help="clips at a time")
     add("--precision", choices=("auto", "fp32"), default="auto",
         help="auto: half where the machine is fast at it")
-    add("--device", help="cuda, mps or cpu; None: the first there is")
+    add("--device", help="cuda, mps or cpu; default: the first there is")
 
 
 def parse_args(argv=None):
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--n", type=number(int, 1), default=1, help="clips for each prompt")
     add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
     add("--overwrite", action="store_true", help="replace files that exist")
-    add("--seconds", type=number(float, 0.16, 30), help="length; None: as in training, the best")
+    add("--seconds", type=number(float, 0.16, 30), help="length; default: as in training, the best")
     add("--init", metavar="WAV", help="edit this recording: start from noise that makes it")
     add("--init_prompt", help="what --init sounds like")
     add("--strength", type=number(float, 0, 1), default=0.2,

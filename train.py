@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--parameterization", choices=("eps", "direct"), default="eps",
         help="eq. 1, or the network's output as x0")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
-    add("--lora_guidance", type=positive, help="on the LoRA teacher; None: same as --guidance")
+    add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2",
         help="weight of eq. 8: alpha_t^2 (paper) or 1/alpha_t^2 (error of v)")
@@ -85,7 +85,7 @@ def parse_args(argv=None):
         help="linear decay of both rates to zero at max_steps")
     add("--ema", type=number(float, 0, 0.99999), default=0.0, help="average the saved student")
     # machine and output
-    add("--device", help="cuda, mps or cpu; None: the first there is")
+    add("--device", help="cuda, mps or cpu; default: the first there is")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="bf16: autocast with fp32 weights; auto: bf16 on a GPU that has it")
     add("--compile", action="store_true", help="torch.compile both UNets")

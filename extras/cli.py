@@ -13,11 +13,22 @@ class InputError(SystemExit):
         super().__init__(f"error: {message}")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the defaults that say something."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action):
+        empty = str(action.default) in ("None", "False", "[]")
+        return action.help if empty else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and complains in one line."""
 
     def __init__(self, description, **kw):
-        kw.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kw.setdefault("formatter_class", HelpFormatter)
         super().__init__(description=description.split("\n\n")[0], **kw)
 
     def error(self, message):

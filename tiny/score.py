@@ -268,7 +268,7 @@ def parse_args(argv=None):
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--steps", type=number(int, 1, 1000),
-        help="of the teacher, with --all or --diversity; None: 25")
+        help="of the teacher, with --all or --diversity; default: 25")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true",
                       help="measure the rows of real audio and the teacher again")
