@@ -28,6 +28,12 @@ RATE, HOP = 16000, 160                                  # samples a second, and 
 LOG_MIN, LOG_MAX = math.log(1e-5), math.log(200)        # log-mels of the image's black and white
 
 
+def image_to_mel(image):
+    """The VAE's image (B, channels, mels, frames) in [-1, 1] -> log-mel (B, mels, frames)."""
+    brightness = (image[:, 0].float() / 2 + 0.5).clamp(0, 1).flip(1)        # row 0 was the highest
+    return brightness * (LOG_MAX - LOG_MIN) + LOG_MIN
+
+
 # ---- its parts ---------------------------------------------------------------------------------
 
 def load_part(folder, part, load):
@@ -157,9 +163,7 @@ class Pipeline(nn.Module):
     def decode(self, x0):
         """Latents (B, 4, h, w) -> log-mel (B, num_mels, 8 w) in nepers, row 0 the lowest bin."""
         z = x0 / self.vae.config.scaling_factor
-        image = self.vae.decode(z.to(self.vae.dtype)).sample[:, 0].float()  # (B, mels, frames)
-        brightness = (image / 2 + 0.5).clamp(0, 1).flip(1)                  # row 0 was the highest
-        return brightness * (LOG_MAX - LOG_MIN) + LOG_MIN
+        return image_to_mel(self.vae.decode(z.to(self.vae.dtype)).sample)
 
     @torch.no_grad()
     def vocode(self, mel):

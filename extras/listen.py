@@ -21,9 +21,10 @@ def read_manifest(folder):
 def check_folders(out, beside):
     """InputError where the folders to show beside `out` lack a clip, or two have the same name."""
     for folder in map(Path, beside):
-        if not read_manifest(folder):
+        clips = read_manifest(folder)
+        if not clips:
             raise InputError(f"{folder}: holds no manifest.json of sample.py")
-        for clip in read_manifest(folder):
+        for clip in clips:
             for ending in (".wav", ".png"):
                 path = (folder / clip["file"]).with_suffix(ending)
                 if not path.exists():

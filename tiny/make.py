@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from extras.audio import log_mel, mel_to_image
 from extras.cli import Parser, replace_file, run
-from model import LOG_MAX, LOG_MIN, Pipeline
+from model import Pipeline, image_to_mel
 from tiny import score, world
 from tiny.score import HERE
 
@@ -94,8 +94,7 @@ def as_rgb(images):
 
 def energy(image):
     """score.blocks() of an image (B, channels, 64, frames), of which the first channel counts."""
-    brightness = (image[:, 0].float() / 2 + 0.5).clamp(0, 1).flip(1)
-    return score.blocks(brightness * (LOG_MAX - LOG_MIN) + LOG_MIN)
+    return score.blocks(image_to_mel(image))
 
 
 def schedule(step, steps, lr, warmup=50):
