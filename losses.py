@@ -6,7 +6,10 @@ a Gaussian's exact score in the tests. So nothing here knows of LoRA, optimizers
 Shapes: latents (B, C, H, W) with time last, t (B,) integers in [0, T], alpha and sigma (T + 1,)
 indexed by t. Every loss is (B,), the mean over a sample's elements; train.py averages the batch.
 """
+import itertools
+
 import torch
+import torch.nn.functional as F
 
 
 def at(values, t):
@@ -14,17 +17,21 @@ def at(values, t):
     return values[t].view(-1, 1, 1, 1)                                      # (B, 1, 1, 1)
 
 
-def one_step(eps, z_T, text, alpha, sigma, parameterization="eps"):
+def one_step(eps, z_T, text, alpha, sigma, parameterization="eps", t=None):
     """Eq. 1, the student's clip in one pass: x0 = (z_T - sigma_T eps(z_T, T, text)) / alpha_T.
 
     alpha_T is 0.068 for Auffusion, so an error of eps is 14.6 times as large in x0.
     parameterization "direct" takes the output for x0 itself, the ablation of Table IV.
+    t below T takes the step from x_t = sigma_t z_T instead, a clip of zeros noised to t, as
+    SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.7 times as large.
     """
-    T = torch.full((len(z_T),), len(alpha) - 1, device=z_T.device)
-    out = eps(z_T, T, text)
+    T = len(alpha) - 1
+    x_t = z_T if t in (None, T) else sigma[t] * z_T
+    t = torch.full((len(z_T),), T if t is None else t, device=z_T.device)
+    out = eps(x_t, t, text)
     if parameterization == "direct":
         return out
-    return (z_T - at(sigma, T) * out) / at(alpha, T)
+    return (x_t - at(sigma, t) * out) / at(alpha, t)
 
 
 def diffuse(x0, t, eps, alpha, sigma):
@@ -90,3 +97,30 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
     w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
     return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))
+
+
+# ---- after VSD, or in its place: posttrain.py, where y are the teacher's own clips ---------------
+
+def relativistic_loss(better, worse):
+    """ARC (arXiv 2505.08175), softplus(worse - better), on score maps (B, n) of a discriminator.
+
+    It is -log P(better is preferred). ARC has it three times: a discriminator prefers the real clip
+    to the fake one of the same caption (relativistic) and the right caption to another
+    (contrastive); the student wants its fake preferred to the real one.
+    """
+    return F.softplus(worse - better).mean(1)
+
+
+def energy_loss(x, y, width=4):
+    """Energy score with beta = 1 (arXiv 2605.00329) of clips x (m, B, C, H, W) against y (B, ...).
+
+    2 mean_k |x_k - y| - mean_{k < l} |x_k - x_l|, the mean over patches of `width` columns of the
+    latents, lengths per root value. With m >= 2 it is least, on average, for x of y's own
+    distribution given the caption. m = 1 has no second term: regression.
+    """
+    def length(d):
+        patches = d.unflatten(-1, (-1, width))                  # (..., C, H, W / width, width)
+        return (patches.square().mean((-4, -3, -1)) + 1e-8).sqrt().mean(-1)
+
+    apart = [length(a - b) for a, b in itertools.combinations(x, 2)]
+    return 2 * length(x - y).mean(0) - (sum(apart) / len(apart) if apart else 0)

@@ -113,7 +113,8 @@ def open_system(args, seconds=None):
         with reweighted(unet, weights):
             if args.teacher_steps:
                 return many_steps(guided(eps, null, scale), z_T, text, pipe, args.teacher_steps)
-            return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"])
+            return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"],
+                            about.get("timestep"))
 
     return pipe, latents, {**system, "dtype": str(dtype)}
 

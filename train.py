@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from data import caption_at, draw_batch, read_captions
-from extras.cli import InputError, Parser, number, replace_file, replace_text, run
+from extras.cli import InputError, Parser, number, replace_file, run
 from extras.device import has_bf16, pick_device
 from extras.hub import TINY, read_settings
 from extras.log import Log
-from extras.publish import write_card
+from extras.publish import write_student
 from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_state, save_lora
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import Pipeline, denoiser, load_unet
@@ -41,9 +40,9 @@ MAY_CHANGE = {
 }
 
 
-def parse_args(argv=None):
-    p = Parser(__doc__)
-    add, count, positive = p.add_argument, number(int, 1), number(float)
+def add_flags(add):
+    """Add this program's flags; posttrain.py has them too."""
+    count, positive = number(int, 1), number(float)
     # what to distil
     add("--teacher", default="auffusion/auffusion-full-no-adapter",
         help='hub name, folder, or "tiny"')
@@ -57,6 +56,7 @@ def parse_args(argv=None):
     # the method: the paper's values (section IV-A); lora_targets, lora_drop and t are SwiftBrush's
     add("--parameterization", choices=("eps", "direct"), default="eps",
         help="eq. 1, or the network's output as x0")
+    add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3")
@@ -93,15 +93,25 @@ def parse_args(argv=None):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--log_every", type=count, default=10, help="steps between lines of metrics.jsonl")
 
-    args = p.parse_args(argv)
-    # A teacher in a folder may bring defaults, as tiny does. Flags on the command line win.
+
+def teacher_defaults(args):
+    """Return the defaults {flag: value} that a teacher in a folder may bring, as tiny does."""
     folder = TINY if args.teacher == "tiny" else Path(args.teacher)
     own = read_settings(folder).get("train", {})
     if "captions" in own:
         own["captions"] = str((folder / own["captions"]).resolve())
-    p.set_defaults(**{k: own[k] for k in own if args.preset == "teacher" or k == "captions"})
-    args = p.parse_args(argv)
+    return {k: own[k] for k in own if args.preset == "teacher" or k == "captions"}
 
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    add_flags(p.add_argument)
+    p.set_defaults(**teacher_defaults(p.parse_args(argv)))
+    return checked(p.parse_args(argv))          # flags on the command line win
+
+
+def checked(args):
+    """Return the flags; InputError where two of them do not fit."""
     if args.captions is None:
         raise InputError("--captions FILE is needed")
     if args.t_min >= args.t_max:
@@ -213,21 +223,8 @@ def main(argv=None):
             "step": step, "config": config, "digest": digest, "ema": ema,
             "student": student.state_dict(), "opt_student": opt_student.state_dict(),
             "lora": lora_state(unet), "opt_lora": opt_lora.state_dict()}, path))
-        weights = dict(student.named_parameters())
-        weights = {name: w.detach().contiguous()
-                   for name, w in zip(weights, ema or weights.values())}
-        local = args.teacher != "tiny" and os.path.isdir(args.teacher)
-        about = {"teacher": str(pipe.folder.resolve()) if local else args.teacher,
-                 "timestep": pipe.T, "parameterization": args.parameterization,
-                 "seconds": pipe.seconds, "step": step, "flags": config,
-                 "command": f"python train.py {shlex.join(argv)}"}
-        folder = out / "student"
-        folder.mkdir(exist_ok=True)
-        replace_file(folder / "diffusion_pytorch_model.safetensors",
-                     lambda path: save_file(weights, path, {"format": "pt"}))
-        replace_text(folder / "config.json", student.to_json_string())
-        replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-        write_card(folder)
+        write_student(out / "student", student, ema, pipe, step, config,
+                      f"python train.py {shlex.join(argv)}")
         save_lora(unet, out / "lora", args.lora_rank, args.lora_alpha)
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
@@ -252,7 +249,8 @@ def main(argv=None):
                 network.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: one pass from noise to x0, moved along the two teachers' difference.
-            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.parameterization)
+            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.parameterization,
+                          args.student_t)
             vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, args.guidance),
                            guided(lora_eps, null, args.lora_guidance), alpha, sigma, args.weighting)
             tv = tv_loss(x0, args.tv)

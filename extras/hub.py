@@ -32,6 +32,12 @@ def find(name, skip=()):
                          "elsewhere and pass its folder instead")
 
 
+def full_name(teacher):
+    """Name a teacher the same wherever it is named from: "tiny", an absolute folder, a hub name."""
+    local = teacher != "tiny" and Path(teacher).is_dir()
+    return str(Path(teacher).resolve()) if local else teacher
+
+
 def read_settings(folder):
     """Read a folder's own swiftaudio.json, {"seconds": ..., "train": {flag: value}, ...}, or {}."""
     path = Path(folder) / "swiftaudio.json"

@@ -1,8 +1,12 @@
-"""The model card of a student: the README.md that a model hub shows."""
+"""A student's folder: a diffusers UNet, how to run it, and the card that a model hub shows."""
+import json
 import re
 from pathlib import Path
 
-from extras.cli import read_json, replace_text
+from safetensors.torch import save_file
+
+from extras.cli import read_json, replace_file, replace_text
+from extras.hub import full_name
 
 CARD = """---
 license: {licence}
@@ -32,3 +36,22 @@ def write_card(folder, metrics=None):
         base=f"base_model: {name}\n" if "/" in name else "", teacher=name, step=about["step"],
         command=about.get("command", "python train.py"),
         metrics=metrics or "not measured; see eval.py"))
+
+
+def write_student(folder, student, ema, pipe, step, config, command):
+    """Write a student after `step` steps into a folder; each file is replaced whole.
+
+    ema: an average of its parameters to write in their place, or []. config: the run's flags.
+    """
+    weights = dict(student.named_parameters())
+    weights = {name: w.detach().contiguous() for name, w in zip(weights, ema or weights.values())}
+    about = {"teacher": full_name(config["teacher"]),
+             "timestep": config["student_t"] or pipe.T,
+             "parameterization": config["parameterization"], "seconds": pipe.seconds,
+             "step": step, "flags": config, "command": command}
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / "diffusion_pytorch_model.safetensors",
+                 lambda path: save_file(weights, path, {"format": "pt"}))
+    replace_text(folder / "config.json", student.to_json_string())
+    replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
+    write_card(folder)

@@ -39,6 +39,7 @@ TABLES = {
     },
     "levers": {
         "tiny default": "",
+        "one step at t = 625": "--student_t 625",
         "eq. 8 as in the paper": EQ8,
         "w = DMD's": "--weighting dmd",
         "LoRA on q and v": "--lora_targets qv --lora_rank 64 --lora_alpha 128",
@@ -62,7 +63,7 @@ QUERIES = (2, 4, 10, 25, 50)        # steps of the guided teacher; each takes tw
 
 
 def line(name, found):
-    """A table's line: FD, KL and IS of several seeds' rows as "mean ± standard deviation"."""
+    """A table's line: the metrics of several seeds' rows as "mean ± standard deviation"."""
     return f"| {name} | " + " | ".join(score.cells(score.summary(found), "±")) + " |"
 
 
@@ -144,7 +145,7 @@ def main(argv=None):
     found = (queries if args.table == "queries" else ablations)(args, pipe, rows)
     print(f"\nN = {len(rows)} held-out captions, {args.seeds} seeds"
           + ("" if args.table == "queries" else f", {args.steps} steps"))
-    print("| | FD | KL | IS |\n|---|---|---|---|")
+    print(f"| | {' | '.join(score.DIGITS)} |\n|---" + "|---" * len(score.DIGITS) + "|")
     for name in found:
         print(line(name, found[name]))
 

@@ -1,12 +1,15 @@
 """Score a tiny student on held-out captions: Fréchet distance (FD), KL and IS.
 
     python -m tiny.score out/student                    # beside its teacher's rows, as shipped
+    python -m tiny.score out/student --second           # on the second list: to choose by
     python -m tiny.score out/student --all              # the teacher's rows measured again
     python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
 
 A small classifier of the world's events plays the part of PANNs CNN14 in the paper's protocol: one
 embedding and one row of logits a clip. Log-mels are scored, before the vocoder, which would take
-longer than everything else. The reference is real audio of the same captions.
+longer than everything else. The reference is real audio of the same captions, and for "FD to
+teacher" the teacher's clips of another noise. Two draws of one system are not at FD 0, since 512
+clips are few for 128 dimensions: the first row of FD, the teacher's of FD to teacher are floors.
 """
 import json
 from pathlib import Path
@@ -22,7 +25,7 @@ from tqdm import tqdm
 from extras.audio import log_mel, picture
 from extras.cli import InputError, Parser, number, read_json, replace_file, replace_text, run
 from extras.hub import TINY, open_student
-from extras.metrics import scores
+from extras.metrics import frechet, scores
 from extras.publish import write_card
 from losses import guided, one_step
 from model import LOG_MAX, LOG_MIN, Pipeline, denoiser, load_unet, many_steps
@@ -30,9 +33,11 @@ from sample import draw_noise
 from tiny import world
 
 HERE = Path(__file__).resolve().parent
-DIGITS = {"FD": 1, "KL": 2, "IS": 1}            # of each metric, as printed
+DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric, as printed
+FLOOR_ROW, TEACHER_ROW, STEPS = "real audio, rendered again", "teacher, {} steps", 25
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
 REFERENCE, FLOOR, DIVERSE = 1, 2, 3
+TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
 
 
 # ---- the classifier ----------------------------------------------------------------------------
@@ -83,15 +88,15 @@ def features(classifier, mels, batch=64):
 
 # ---- sounds ------------------------------------------------------------------------------------
 
-def held_out(clips):
-    """So many of the held-out captions: a list of (number, caption, events, join).
+def held_out(clips, second=False):
+    """So many captions of a held-out list: a list of (number, caption, events, join).
 
     Evenly spread, so that single events, seen and unseen pairs are all there. A caption's number,
-    its place among all of them, is also that of its noise and of its rendering.
+    its place among those of both lists, is also that of its noise and of its rendering.
     """
-    held = world.captions()[1]
-    clips = min(clips, len(held))
-    return [(n, *held[n]) for n in (k * len(held) // clips for k in range(clips))]
+    held = world.second_list() if second else world.captions()[1]
+    clips, first = min(clips, len(held)), len(held) if second else 0
+    return [(first + n, *held[n]) for n in (k * len(held) // clips for k in range(clips))]
 
 
 def real(rows, seed):
@@ -126,7 +131,7 @@ def teacher_latents(pipe, steps, guidance=None):
 
 def teacher_systems(pipe, steps):
     """What a student is compared with: {name: system}."""
-    return {f"teacher, {steps} steps": teacher_latents(pipe, steps),
+    return {TEACHER_ROW.format(steps): teacher_latents(pipe, steps),
             "student before (teacher, 1 step)": teacher_latents(pipe, 1, guidance=1)}
 
 
@@ -140,7 +145,8 @@ def load_student(name, pipe):
     eps = denoiser(load_unet(folder, ""))
 
     def latents(z_T, text):
-        return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"])
+        return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"],
+                        about["timestep"])
 
     return folder, about, latents
 
@@ -148,23 +154,32 @@ def load_student(name, pipe):
 # ---- scores ------------------------------------------------------------------------------------
 
 def reference(rows):
-    """What the classifier hears in real audio of these rows: embeddings and logits, as shipped."""
+    """What is heard in real audio of these rows, (embeddings, logits), and in the teacher's clips.
+
+    As shipped: (n, 128), (n, 28) and the teacher's embeddings (n, 128).
+    """
     heard = load_file(HERE / "reference.safetensors")
     numbers = [n for n, *_ in rows]
-    return heard["embeddings"][numbers], heard["logits"][numbers]
+    return [heard[key][numbers].float() for key in ("embeddings", "logits", "teacher")]
+
+
+def scored(rows, heard):
+    """The metrics of what a system's clips sound like: the (embeddings, logits) of these rows."""
+    *target, teacher = reference(rows)
+    return {**scores(target, heard),
+            "FD to teacher": frechet(teacher, heard[0]) if len(rows) > 1 else None}
 
 
 def measure(pipe, systems, rows, seed=0):
-    """FD, KL and IS of systems {name: latents(z_T, text)} on rows of held_out(): {name: row}."""
-    classifier, target = load_classifier(), reference(rows)
-    return {name: scores(target, features(classifier, generate(pipe, latents, rows, name, seed)))
+    """Score systems {name: latents(z_T, text)} on rows of held_out(): {name: row}."""
+    classifier = load_classifier()
+    return {name: scored(rows, features(classifier, generate(pipe, latents, rows, name, seed)))
             for name, latents in systems.items()}
 
 
 def floor(rows, seed=0):
-    """FD, KL and IS of the same captions rendered again, the best that a system can be."""
-    again = features(load_classifier(), real(rows, FLOOR + seed))
-    return {"real audio, rendered again": scores(reference(rows), again)}
+    """The scores of the same captions rendered again, the best that a system can be."""
+    return {FLOOR_ROW: scored(rows, features(load_classifier(), real(rows, FLOOR + seed)))}
 
 
 def summary(found):
@@ -177,7 +192,7 @@ def summary(found):
             "seeds": found}
 
 
-def baselines(pipe, rows, seeds, steps=25):
+def baselines(pipe, rows, seeds, steps=STEPS):
     """Measure everything that no student changes: {name: summary over the seeds}."""
     systems, found = teacher_systems(pipe, steps), {}
     for seed in seeds:
@@ -204,7 +219,7 @@ def diversity(pipe, systems, rows, each=8, seed=0):
 # ---- what is shown -----------------------------------------------------------------------------
 
 def cells(row, sign="+-"):
-    """A row's FD, KL and IS in words, such as "20.7 +- 2.3", or "-" where there is none."""
+    """A row's metrics in words, such as "20.7 +- 2.3", or "-" where there is none."""
     def cell(key, digits):
         if row[key] is None:
             return "-"
@@ -217,13 +232,24 @@ def cells(row, sign="+-"):
 def show(table, clips):
     """The table {name: row} as lines of text, means below each other."""
     title = f"N = {clips} held-out captions"
-    lines = [f"{title:34s}" + "".join(f"{key:>8s}{'':8s}" for key in DIGITS)]
+    lines = [f"{title:34s}" + "".join(f"{key:>6s}{'':8s}" for key in DIGITS)]
     for name, row in table.items():
         line = f"{name:34s}"
         for mean, gap, std in (cell.partition(" ") for cell in cells(row)):
-            line += f"{mean:>8s}{gap + std:8s}"
+            line += f"{mean:>6s}{gap + std:8s}"
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def ratios(table, steps):
+    """How far the student, the last row, is from its teacher, in a sentence."""
+    best, teacher = table[FLOOR_ROW], table[TEACHER_ROW.format(steps)]
+    student = list(table.values())[-1]
+    above = [row["FD"] - best["FD"] for row in (student, teacher)]
+    away, bias = student["FD to teacher"], teacher["FD to teacher"]
+    return (f"student / teacher: FD {student['FD'] / teacher['FD']:.2f}, FD above the floor of "
+            f"{best['FD']:.1f} {above[0] / above[1]:.2f}, KL {student['KL'] / teacher['KL']:.2f}. "
+            f"FD to teacher is {away - bias:.1f} above its floor of {bias:.1f}")
 
 
 def shorten(draw, text, width):
@@ -267,8 +293,9 @@ def parse_args(argv=None):
     add("student", nargs="?", default="out/student", help="folder of train.py")
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
     add("--seed", type=number(int), default=0, help="of the noise")
+    add("--second", action="store_true", help="score on the second held-out list")
     add("--steps", type=number(int, 1, 1000),
-        help="of the teacher, with --all or --diversity; default: 25")
+        help=f"of the teacher, with --all or --diversity; default: {STEPS}")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true",
                       help="measure the rows of real audio and the teacher again")
@@ -279,7 +306,7 @@ def parse_args(argv=None):
         raise InputError("--steps goes with --all or --diversity: the shipped rows have 25")
     if args.diversity and args.diversity > args.clips:
         raise InputError(f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
-    args.steps = args.steps or 25
+    args.steps = args.steps or STEPS
     return args
 
 
@@ -287,22 +314,24 @@ def report(pipe, args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
     folder, about, latents = load_student(args.student, pipe)
     student = {f"student after {about['step']} steps": latents}
-    rows, shipped = held_out(args.clips), read_json(HERE / "baselines.json")
+    rows, shipped = held_out(args.clips, args.second), read_json(HERE / "baselines.json")
     table = {}
     if args.all:
         table = baselines(pipe, rows, [args.seed], args.steps)
     elif len(rows) == shipped["N"]:
-        table = shipped["systems"]
+        table = shipped["second list" if args.second else "systems"]
     missing = not table
     table = {**table, **measure(pipe, student, rows, args.seed)}
     systems = {**teacher_systems(pipe, args.steps), **student}
     image = sample_sheet(pipe, systems, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
+    if len(rows) > 1 and not missing:
+        print(ratios(table, args.steps))
     if missing:
         print(f"The other rows are shipped for N = {shipped['N']}; --all measures them here.")
     out = folder.parent
-    found = {"clips": len(rows), "seed": args.seed, "systems": table}
+    found = {"clips": len(rows), "second list": args.second, "seed": args.seed, "systems": table}
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
     metrics = [name + " " + ", ".join(map(" ".join, zip(DIGITS, cells(row))))
@@ -315,7 +344,7 @@ def report_diversity(pipe, args):
     """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
     _, _, latents = load_student(args.student, pipe)
     systems = {"teacher": teacher_latents(pipe, args.steps), "student": latents}
-    rows = held_out(args.clips // args.diversity)
+    rows = held_out(args.clips // args.diversity, args.second)
     found = diversity(pipe, systems, rows, args.diversity, args.seed)
     print(f"{len(rows)} captions, {args.diversity} clips each: "
           + ", ".join(f"{name} {distance:.2f}" for name, distance in found.items())
