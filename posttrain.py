@@ -32,6 +32,7 @@ from extras.device import has_bf16, pick_device
 from extras.hub import TINY, full_name, open_student, read_settings
 from extras.log import Log
 from extras.publish import write_student
+from extras.resume import read_checkpoint
 from lora import inject, load_lora_state, lora_disabled, save_lora
 from losses import (
     diffuse,
@@ -44,7 +45,7 @@ from losses import (
     vsd_loss,
 )
 from model import Pipeline, denoiser, load_unet
-from train import add_flags, checked, learning_rate, read_checkpoint, teacher_defaults
+from train import add_flags, checked, learning_rate, teacher_defaults
 
 # The flags of one objective and their defaults (ours); with another objective they are an error.
 # "vsd" is train.py's loss going on from any student.

@@ -28,16 +28,10 @@ from extras.device import has_bf16, pick_device
 from extras.hub import TINY, read_settings
 from extras.log import Log
 from extras.publish import write_student
+from extras.resume import read_checkpoint
 from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_state, save_lora
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import Pipeline, denoiser, load_unet
-
-# Flags that may differ on resume; changing any other makes it a different run.
-MAY_CHANGE = {
-    "max_steps", "save_every", "log_every", "out_dir", "device", "compile", "checkpointing",
-    "captions", "caption_column", "max_captions",       # the captions themselves are compared
-    "lr", "lora_lr", "precision",                       # to get past a step that was not finite
-}
 
 
 def add_flags(add):
@@ -125,29 +119,6 @@ def learning_rate(step, args):
     """The factor on both rates at a step: linear warm-up, then constant or linear decay."""
     warm = min(1, (step + 1) / max(1, args.warmup))
     return warm * (1 - step / args.max_steps if args.decay else 1)
-
-
-def read_checkpoint(path, config, digest):
-    """Load this run's checkpoint, or None. InputError, naming the flag, for another run's."""
-    out = path.parent
-    if not path.exists():
-        if (out / "student").exists():
-            raise InputError(f"{out}: holds a student but no checkpoint to resume from; choose "
-                             "another --out_dir")
-        return None
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:                              # torch.load fails in many ways
-        raise InputError(f"{path}: cannot be read ({type(e).__name__}); remove it to start anew, "
-                         "or choose another --out_dir")
-    fixed = set(config) - MAY_CHANGE | ({"max_steps"} if config["decay"] else set())
-    for name in sorted(fixed):
-        if found["config"].get(name) != config[name]:
-            raise InputError(f"{out}: holds a run with --{name} {found['config'].get(name)}, this "
-                             f"one has {config[name]}; choose another --out_dir")
-    if found["digest"] != digest:
-        raise InputError(f"{out}: holds a run on other captions; choose another --out_dir")
-    return found
 
 
 def main(argv=None):

@@ -5,13 +5,16 @@
     python -m tiny.ablate table5                    # its Table V: number of captions
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
     python -m tiny.ablate levers --steps 200 --seeds 1      # what the tiny default was chosen from
+    python -m tiny.ablate objectives        # VSD, ARC, energy score and regression in five minutes
 
 Runs are kept under --out and not made again. --steps is short by default: what is compared is the
 order, at equal cost.
 """
 import json
+import time
 from pathlib import Path
 
+import posttrain
 import train
 from extras.cli import InputError, Parser, number, read_json, replace_text, run
 from model import Pipeline
@@ -20,6 +23,14 @@ from tiny import score
 # name: flags that differ from the tiny default (tiny/teacher/swiftaudio.json). Tables IV and V
 # vary the paper's eq. 8.
 EQ8 = "--lora_weighting alpha2"
+# The stages of a row are divided by "|", each starts from the student before; the steps make each
+# row as dear as 480 steps of VSD, the 512 clips of the teacher counted.
+VSD, T625, LOW = "--max_steps {}", "--student_t 625", "--lr 5e-5"
+MORE_VSD = "--objective vsd --max_steps {}"
+CLIPS = "--max_steps {} --clips 512 --beta1 0.9"
+ENERGY = f"--objective energy {CLIPS} --lr 3e-4 --batch_size 24"
+REGRESSION = f"--objective regression {CLIPS} --lr 3e-4 --batch_size 48"
+ARC = "--objective arc --max_steps {} --clips 512 --lr 1e-4 --d_lr 5e-4 --r1 1 --r2 1"
 TABLES = {
     "table4": {
         "tiny default: eq. 8 weighted like v": "",
@@ -57,6 +68,20 @@ TABLES = {
         "t to 800": "--t_max 801",
         "no empty captions": "--lora_drop 0",
     },
+    "objectives": {
+        "VSD": VSD.format(480),
+        "VSD at t = 625": f"{VSD.format(480)} {T625}",
+        "energy": f"{ENERGY.format(436)} {T625}",
+        "regression": f"{REGRESSION.format(436)} {T625}",
+        "ARC": f"{ARC.format(385)} {T625}",
+        "energy, then VSD": f"{ENERGY.format(105)} {T625} | {MORE_VSD.format(313)}",
+        "regression, then VSD": f"{REGRESSION.format(105)} {T625} | {MORE_VSD.format(313)}",
+        "ARC, then VSD": f"{ARC.format(93)} {T625} | {MORE_VSD.format(313)}",
+        "VSD, then energy": f"{VSD.format(313)} {T625} | {ENERGY.format(105)} {LOW}",
+        "VSD, then regression": f"{VSD.format(313)} {T625} | {REGRESSION.format(105)} {LOW}",
+        "VSD, then ARC": f"{VSD.format(313)} {T625} | {ARC.format(93)} {LOW}",
+        "VSD, then ARC and VSD": f"{VSD.format(360)} {T625} | {ARC.format(28)} {LOW} --vsd 1",
+    },
 }
 
 QUERIES = (2, 4, 10, 25, 50)        # steps of the guided teacher; each takes two passes
@@ -74,6 +99,7 @@ def distil(flags, args, seed, pipe, rows):
     """
     name = flags.replace("--", "").replace(" ", "_") or "default"
     out = args.out / f"{args.steps} steps" / name / f"seed {seed}"
+    cache = args.out / f"clips of seed {seed}.safetensors"
     key = {"flags": flags, "defaults": pipe.settings, "clips": len(rows)}
     path = out / "row.json"
     if path.exists():
@@ -82,10 +108,19 @@ def distil(flags, args, seed, pipe, rows):
             raise InputError(f"{out}: holds a run with other flags, defaults or clips; choose "
                              "another --out")
         return found
-    train.main(["--teacher", "tiny", "--max_steps", str(args.steps), "--seed", str(seed),
-                "--out_dir", str(out), *flags.split()])
-    _, _, latents = score.load_student(out / "student", pipe)
-    found = {"key": key, **score.measure(pipe, {"student": latents}, rows, seed)["student"]}
+    start, seconds = ["--teacher", "tiny"], 0
+    for n, stage in enumerate(flags.split("|")):
+        to = out / f"stage {n + 1}" if "|" in flags else out
+        common = [*start, "--seed", str(seed), "--out_dir", str(to), "--max_steps", str(args.steps)]
+        began = time.process_time()
+        if "--objective" in stage:
+            posttrain.main([*common, "--cache", str(cache), *stage.split()])
+        else:
+            train.main([*common, *stage.split()])
+        start, seconds = ["--student", str(to / "student")], seconds + time.process_time() - began
+    _, _, latents = score.load_student(to / "student", pipe)
+    found = {"key": key, "cpu_seconds": seconds,
+             **score.measure(pipe, {"student": latents}, rows, seed)["student"]}
     replace_text(path, json.dumps(found, indent=2) + "\n")
     return found
 
