@@ -47,14 +47,22 @@ from losses import (
 from model import Pipeline, denoiser, load_unet
 from train import add_flags, checked, learning_rate, teacher_defaults
 
-# The flags of one objective and their defaults (ours); with another objective they are an error.
-# "vsd" is train.py's loss going on from any student.
-OBJECTIVES = {
-    "arc": {"contrast": 1.0, "r1": 10.0, "r2": 10.0, "d_lr": 2e-4, "d_first": 20,
-            "d_frozen": False, "d_t": [50, 700]},
-    "energy": {"samples": 2, "patch": 4, "feature_weight": 0.0},
-    "regression": {"patch": 4, "feature_weight": 0.0},
-    "vsd": {},
+# Flags of one objective or two: kind of value, {objective: default}, what it is. The defaults are
+# ours (LOG.md, 2026-11-21). With another objective such a flag is an error.
+POSITIVE, COUNT, TIMESTEP = number(float), number(int, 1), number(int, 0, 1000)
+FLAGS = {
+    "contrast": (POSITIVE, {"arc": 1.0}, "weight of the contrastive loss"),
+    "r1": (POSITIVE, {"arc": 1.0}, "weight of D's flatness near the teacher's clips"),
+    "r2": (POSITIVE, {"arc": 1.0}, "the same near the student's"),
+    "d_lr": (POSITIVE, {"arc": 5e-4}, "rate of the discriminator D"),
+    "d_first": (number(int), {"arc": 40}, "first steps, in which only D learns"),
+    "d_frozen": (number(int, 0, 1), {"arc": 0}, "1: of D only the heads learn"),
+    "d_t_min": (TIMESTEP, {"arc": 50}, "smallest timestep that D hears clips at"),
+    "d_t_max": (TIMESTEP, {"arc": 700}, "one above the largest"),
+    "samples": (number(int, 2), {"energy": 2}, "clips of a caption"),
+    "patch": (COUNT, {"energy": 4, "regression": 4}, "columns of latents compared as one"),
+    "feature_weight": (POSITIVE, {"energy": 0.0, "regression": 0.0},
+                       "weight of the distance in the teacher's features"),
 }
 # What a student's own run decides here as well, unless the command line does.
 KEPT = ("captions", "caption_column", "max_captions", "guidance", "lora_guidance", "weighting",
@@ -65,27 +73,17 @@ NEAR = 0.05             # how far R1 and R2 move a noised clip, as in ARC's publ
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    add, positive = p.add_argument, number(float)
-    add("--objective", choices=OBJECTIVES, required=True, help="what to learn from the clips by")
+    add = p.add_argument
+    add("--objective", choices=("arc", "energy", "regression", "vsd"), required=True,
+        help="what to learn from the clips by; vsd: nothing, train.py's loss goes on")
     add("--student", help="start from this student of train.py; default: from --teacher")
-    add("--clips", type=number(int, 1), default=1536, help="clips that the teacher makes")
+    add("--clips", type=COUNT, default=1536, help="clips that the teacher makes")
     add("--clip_steps", type=number(int, 1, 1000), default=10, help="in so many steps each")
     add("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
-    add("--vsd", type=positive, help="weight of VSD beside the objective; default: 0")
-    # of one objective each
-    add("--contrast", type=positive, help="arc: weight of the contrastive loss; default: 1")
-    add("--r1", type=positive, help="arc: D's penalty near the teacher's clips; default: 10")
-    add("--r2", type=positive, help="arc: the same near the student's; default: 10")
-    add("--d_lr", type=positive, help="arc: rate of the discriminator D; default: 2e-4")
-    add("--d_first", type=number(int), help="arc: first steps, for D alone; default: 20")
-    add("--d_frozen", action="store_true", default=None, help="arc: train D's heads only")
-    add("--d_t", type=number(int, 0, 1000), nargs=2, metavar=("LOW", "HIGH"),
-        help="arc: D hears clips noised to LOW <= t < HIGH; default: 50 700")
-    add("--samples", type=number(int, 2), help="energy: clips of a caption; default: 2")
-    add("--patch", type=number(int, 1),
-        help="energy, regression: columns of latents compared as one; default: 4")
-    add("--feature_weight", type=positive,
-        help="energy, regression: of the distance in the teacher's features; default: 0")
+    add("--vsd", type=POSITIVE, help="weight of VSD beside the objective; default: 0")
+    for name, (kind, defaults, what) in FLAGS.items():
+        default, = set(defaults.values())
+        add(f"--{name}", type=kind, help=f"{', '.join(defaults)}: {what}; default: {default}")
     add_flags(add)
 
     # The start decides the teacher, and the two bring defaults; the command line wins.
@@ -105,16 +103,16 @@ def parse_args(argv=None):
                       **{key: flags[key] for key in KEPT if key in flags}})
     args = checked(p.parse_args(argv))
 
-    for name in {name for flags in OBJECTIVES.values() for name in flags}:
+    for name, (_, defaults, _) in FLAGS.items():
         if getattr(args, name) is None:
-            setattr(args, name, OBJECTIVES[args.objective].get(name))
-        elif name not in OBJECTIVES[args.objective]:
+            setattr(args, name, defaults.get(args.objective))
+        elif args.objective not in defaults:
             raise InputError(f"--{name} does not go with --objective {args.objective}")
     if args.clips < args.batch_size:
         raise InputError(f"--clips {args.clips}: fewer than a batch, --batch_size "
                          f"{args.batch_size}")
-    if args.d_t and args.d_t[0] >= args.d_t[1]:
-        raise InputError(f"--d_t {args.d_t[0]} must be below {args.d_t[1]}")
+    if args.objective == "arc" and args.d_t_min >= args.d_t_max:
+        raise InputError(f"--d_t_min {args.d_t_min} must be below --d_t_max {args.d_t_max}")
     if args.vsd is None:
         args.vsd = float(args.objective == "vsd")
     args.cache = args.cache or os.path.join(args.out_dir, "clips.safetensors")
@@ -212,19 +210,23 @@ def main(argv=None):
         if ranks > 1:
             dist.barrier()
             clips = teacher_clips(args, captions, digest, pipe, eps)
+        del eps
 
     # ---- what learns: the student; ARC's discriminator; with VSD, the LoRA teacher --------------
     folder, part, _ = open_student(args.student) if args.student else (pipe.folder, "unet", {})
     nets, rates = {"student": load_unet(folder, part).to(device)}, {"student": args.lr}
     torch.manual_seed(args.seed)
     if arc:
-        nets["d"] = Discriminator(load_unet(pipe.folder), args.d_frozen).to(device)
-        rates["d"] = args.d_lr
+        dtype = unet.dtype if args.d_frozen else torch.float32
+        D = Discriminator(load_unet(pipe.folder, dtype=dtype), args.d_frozen)
+        nets["d"], rates["d"] = D.to(device), args.d_lr
     if args.vsd:
         inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
         if args.student:
             say(restore_lora(unet, folder.parent / "lora"))
         nets["lora"], rates["lora"] = unet, args.lora_lr
+    elif not args.feature_weight:
+        unet = None                         # it has made its clips; at full size 1.7 GB
     weights = {name: [p for p in net.parameters() if p.requires_grad] for name, net in nets.items()}
     ema = [p.detach().clone() for p in weights["student"]] if args.ema else []
     opts = {name: torch.optim.AdamW(weights[name], rates[name], betas=(args.beta1, args.beta2),
@@ -239,14 +241,17 @@ def main(argv=None):
         del found
     student = nets["student"]
     if args.checkpointing:
-        for net in (student, unet, *([nets["d"].unet] if arc else [])):
-            net.enable_gradient_checkpointing()
+        for net in (student, unet, D.unet if arc else None):
+            if net is not None:
+                net.enable_gradient_checkpointing()
     if args.compile:
         nets = {name: torch.compile(net) for name, net in nets.items()}
     if ranks > 1:
         nets = {name: DDP(net) for name, net in nets.items()}
 
-    student_eps, lora_eps = denoiser(nets["student"], amp), denoiser(nets.get("lora", unet), amp)
+    student_eps, lora_eps = denoiser(nets["student"], amp), None
+    if args.vsd:
+        lora_eps = denoiser(nets["lora"], amp)
 
     def teacher_eps(x, t, text):
         with lora_disabled(unet):
@@ -294,7 +299,8 @@ def main(argv=None):
             z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
                 numbers, args.seed, pipe.latent_shape, args.t_min, args.t_max, pipe.T))
             more, t_d = (x.to(device) for x in draw_more(
-                numbers, args.seed, args.samples or 3, pipe.latent_shape, *(args.d_t or (0, 1))))
+                numbers, args.seed, args.samples or 3, pipe.latent_shape, args.d_t_min or 0,
+                args.d_t_max or 1))
             places = [caption_at(range(args.clips), args.seed, n) for n in numbers]
             y = clips[places].to(device).float()
             z_y = sampling_noise(places, args.seed, pipe.latent_shape).to(device)

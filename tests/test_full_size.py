@@ -1,9 +1,10 @@
-"""Auffusion's true size with random weights: an optimizer step and a clip.
+"""Auffusion's true size with random weights: a clip, and a step of each program that trains.
 
-    python -m pytest --slow -s tests/test_full_size.py      # 10 minutes, 20 GB of memory and disk
+    python -m pytest --slow -s tests/test_full_size.py      # 20 minutes, 24 GB of memory and disk
 """
 import os
 import resource
+import shutil
 import time
 
 import pytest
@@ -35,6 +36,15 @@ def one_step_and_one_clip(teacher, captions, cwd):
                  "--batch_size", 1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu",
                  cwd=cwd)
     assert parameters(cwd / "out/student", "") == parameters(teacher)
+    for objective in (["energy"], ["arc", "--d_frozen", 1]):
+        out = cwd / objective[0]
+        shutil.rmtree(cwd / "out", ignore_errors=True)          # 17 GB
+        run_measured("posttrain.py", "--teacher", teacher, "--captions", captions, "--objective",
+                     *objective, "--clips", 1, "--clip_steps", 1, "--max_steps", 1, "--batch_size",
+                     1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu", "--out_dir",
+                     out, cwd=cwd)
+        assert parameters(out / "student", "") == parameters(teacher)
+        shutil.rmtree(out)
     return soundfile.info(cwd / "samples/a-dog_seed0_0.wav").frames, parameters(teacher)
 
 
