@@ -195,7 +195,7 @@ def main(argv=None):
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     found = read_checkpoint(out / "checkpoint.pt", config, digest)
     first_step = found["step"] if found else 0
-    arc = args.objective == "arc"
+    arc, energy, regression = (args.objective == name for name in ("arc", "energy", "regression"))
 
     # ---- the teacher and its clips -------------------------------------------------------------
     pipe = Pipeline(args.teacher).to(device)
@@ -203,7 +203,7 @@ def main(argv=None):
     if args.patch and pipe.latent_shape[-1] % args.patch:
         raise InputError(f"--patch {args.patch}: the latents' {pipe.latent_shape[-1]} columns are "
                          "not a multiple of it")
-    null, clips = pipe.encode_text([""]), torch.zeros(args.clips, *pipe.latent_shape)
+    null, clips = pipe.encode_text([""]), ()
     if args.objective != "vsd":
         eps = guided(denoiser(unet.requires_grad_(False), amp), null, args.guidance)
         clips = teacher_clips(args, captions, digest, pipe, eps, rank)
@@ -301,20 +301,21 @@ def main(argv=None):
             more, t_d = (x.to(device) for x in draw_more(
                 numbers, args.seed, args.samples or 3, pipe.latent_shape, args.d_t_min or 0,
                 args.d_t_max or 1))
-            places = [caption_at(range(args.clips), args.seed, n) for n in numbers]
-            y = clips[places].to(device).float()
-            z_y = sampling_noise(places, args.seed, pipe.latent_shape).to(device)
-            text = pipe.encode_text([caption_at(captions, args.seed, n) for n in places])
+            if len(clips):                  # clip y, made from noise z_y, and its caption's place
+                numbers = [caption_at(range(args.clips), args.seed, n) for n in numbers]
+                y = clips[numbers].to(device).float()
+                z_y = sampling_noise(numbers, args.seed, pipe.latent_shape).to(device)
+            text = pipe.encode_text([caption_at(captions, args.seed, n) for n in numbers])
             for net in nets.values():       # DDP averages gradients once a step
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: clips x (m, B, C, h, w) of the captions of y, from noise that is not y's
             # unless it regresses; with a feature loss, also from y's.
-            z = {"energy": [*more], "regression": [z_y]}.get(args.objective, [z_T])
+            z = [*more] if energy else [z_y] if regression else [z_T]
             z += [z_y] if args.feature_weight else []
             x = one_step(student_eps, torch.cat(z), text.repeat(len(z), 1, 1), alpha, sigma,
                          args.parameterization, args.student_t).unflatten(0, (len(z), -1))
-            x0, loss = x[0], torch.zeros(len(y), device=device)
+            x0, loss = x[0], torch.zeros(args.batch_size, device=device)
             if arc:
                 # D hears both with the same noise; its pass of `made` serves the student and D.
                 fake = x0.detach().requires_grad_()
@@ -335,7 +336,7 @@ def main(argv=None):
                 log.add("arc", arc_loss)
                 log.add("d", d, t_d)
                 log.add("d_right", (real > made).float().mean(1), t_d)
-            elif args.objective != "vsd":
+            elif energy or regression:
                 loss = energy_loss(x[:args.samples or 1], y, args.patch)
                 log.add(args.objective, loss)
             if args.feature_weight:

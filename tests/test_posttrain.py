@@ -142,7 +142,7 @@ def test_the_feature_loss_compares_clips_of_one_noise_in_the_teacher(go, step):
     assert line["feature"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_arc_compares_both_clips_at_one_t_and_noise_and_rolls_the_captions(go, step, plain):
+def test_arc_compares_both_clips_at_one_t_and_noise(go, step, plain):
     pipe, x0, y = step["pipe"], make(step, step["z_T"]).detach(), step["y"]
     torch.manual_seed(0)
     D = posttrain.Discriminator(load_unet(plain), frozen=False)
@@ -153,10 +153,10 @@ def test_arc_compares_both_clips_at_one_t_and_noise_and_rolls_the_captions(go, s
     arc = relativistic_loss(score(made), score(real)).mean()
     d = (relativistic_loss(score(real), score(made)).mean()
          + 0.5 * relativistic_loss(score(real), D(real, t, step["text"].roll(1, 0))).mean()
-         + 7 * (score(real + 0.05 * more[1]) - score(real)).square().mean()
-         + 3 * (score(made + 0.05 * more[2]) - score(made)).square().mean())
+         + 7e4 * (score(real + 0.05 * more[1]) - score(real)).square().mean()
+         + 3e4 * (score(made + 0.05 * more[2]) - score(made)).square().mean())
     d.backward()
-    checkpoint, _, (line, _) = go(*ARC, "--contrast", 0.5, "--r1", 7, "--r2", 3, "--d_t_min",
+    checkpoint, _, (line, _) = go(*ARC, "--contrast", 0.5, "--r1", 7e4, "--r2", 3e4, "--d_t_min",
                                      100, "--d_t_max", 300)
     assert line["arc"] == pytest.approx(arc.item(), rel=1e-4)
     assert line["d"] == pytest.approx(d.item(), rel=1e-4)
@@ -164,6 +164,23 @@ def test_arc_compares_both_clips_at_one_t_and_noise_and_rolls_the_captions(go, s
     assert line["grad_d"] == pytest.approx(norm, rel=1e-3)      # and not the student's part of it
     assert line["d_right"] == pytest.approx((score(real) > score(made)).float().mean().item())
     assert len(checkpoint["weights"]["d"]) == len(list(D.parameters()))
+
+
+def test_d_hears_the_clip_once_with_the_caption_of_another(go, step, monkeypatch):
+    texts, forward = [], posttrain.Discriminator.forward
+
+    def heard(self, x, t, text):
+        texts.append(text)
+        return forward(self, x, t, text)
+
+    monkeypatch.setattr(posttrain.Discriminator, "forward", heard)
+    go(*ARC, "--max_steps", 1)
+    made, others = texts
+    right, wrong, near_real, near_made = others.chunk(4)
+    for text in (made, right, near_real, near_made):
+        equal(text, step["text"])
+    equal(wrong, step["text"].roll(1, 0))
+    assert not torch.equal(wrong, right)
 
 
 def test_arc_moves_the_student_by_the_gradient_of_its_loss(go, step, plain):
@@ -179,12 +196,13 @@ def test_arc_moves_the_student_by_the_gradient_of_its_loss(go, step, plain):
     assert go(*ARC)[2][0]["grad_student"] == pytest.approx(norm, rel=1e-3)
 
 
-def test_vsd_goes_on_with_the_lora_teacher_of_the_run(go, start, step, plain):
+def test_vsd_goes_on_with_the_lora_teacher_of_the_run(go, start, step, plain, captions):
     """From the student's own step, with the flags of its run: guidance 2, one step at t = 625."""
     pipe, lora = step["pipe"], load_unet(plain)
     inject(lora, "qv", 4, 128)
     load_lora_state(lora, load_file(start.parent / "lora/adapter_model.safetensors"))
-    step["unet"] = load_unet(start, "")
+    step["unet"], listed = load_unet(start, ""), read_captions(captions)[0]
+    step["text"] = pipe.encode_text([caption_at(listed, 0, n) for n in range(4)])
     null, teacher = pipe.encode_text([""]), denoiser(load_unet(plain))
     vsd = vsd_loss(make(step, step["z_T"], 625), step["t"], step["eps"], step["text"],
                    guided(teacher, null, 2), guided(denoiser(lora), null, 2), pipe.alpha,
@@ -197,6 +215,26 @@ def test_vsd_goes_on_with_the_lora_teacher_of_the_run(go, start, step, plain):
     finally:
         (start.parent / "away").rename(start.parent / "lora")
     assert other[0]["vsd"] != pytest.approx(vsd, rel=1e-2)
+
+
+def test_vsd_from_the_teacher_is_train_py(go, plain, captions, tmp_path):
+    """Bit for bit, so that its part here needs no tests of its own."""
+    flags = ["--tv_weight", 2, "--lora_drop", 0.6, "--weighting", "dmd", "--lora_weighting", "v",
+             "--lora_guidance", 1, "--decay", "--warmup", 2, "--ema", 0.9, "--grad_clip", 0.01]
+    checkpoint, saved, lines = go("--objective", "vsd", *flags)
+    same = SMALL[:SMALL.index("--clips")] + SMALL[SMALL.index("--clips") + 2:]
+    train.main(strings("--teacher", plain, "--captions", captions, "--out_dir", tmp_path / "train",
+                       *same, *flags))
+    theirs = torch.load(tmp_path / "train/checkpoint.pt", weights_only=True)
+    equal(checkpoint["weights"]["student"], list(theirs["student"].values()))
+    assert sorted(t.sum().item() for t in checkpoint["weights"]["lora"]) == sorted(
+        t.sum().item() for t in theirs["lora"].values())
+    equal(saved, load_file(tmp_path / "train/student/diffusion_pytorch_model.safetensors"))
+    expected = [json.loads(line) for line in
+                (tmp_path / "train/metrics.jsonl").read_text().splitlines()]
+    for ours, line in zip(lines, expected, strict=True):
+        assert {**ours, "samples_per_s": 0} == {
+            key: 0 if key == "samples_per_s" else line[key] for key in ours}
 
 
 def test_encode_gives_the_unet_s_own_maps(step):
@@ -245,6 +283,17 @@ def test_each_flag_of_arc_does_something(go, first_lines, flag, value, tmp_path)
     line = go(*ARC, flag, value)[2][1]
     same = {key: line[key] == first_lines[key] for key in ("arc", "d", "grad_student", "grad_d")}
     assert all(same.values()) if flag == "--seed" else not all(same.values()), same
+
+
+@pytest.mark.parametrize("flag, values, base, kept", [
+    ("--vsd", (0.5, 1), ARC, ("arc", "vsd")), ("--tv_weight", (0, 9), [*ARC, "--vsd", 1], ["vsd"]),
+    ("--feature_weight", (0.1, 0.2), ["--objective", "energy"], ("energy", "feature")),
+    ("--feature_weight", (0.1, 0.2), ["--objective", "regression"], ["regression"])])
+def test_a_weight_changes_the_gradient_and_no_loss(go, flag, values, base, kept, tmp_path):
+    a, b = (go(*base, flag, value, "--max_steps", 1, out=tmp_path / str(value))[2][0]
+            for value in values)
+    assert [a[key] for key in kept] == [b[key] for key in kept]
+    assert a["grad_student"] != pytest.approx(b["grad_student"], rel=1e-3)
 
 
 def test_flags_of_a_student_s_own_run_hold_unless_given(start, clips, captions):
