@@ -104,8 +104,8 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
 def relativistic_loss(better, worse):
     """ARC (arXiv 2505.08175), softplus(worse - better), on score maps (B, n) of a discriminator.
 
-    It is -log P(better is preferred). ARC has it three times: a discriminator prefers the real clip
-    to the fake one of the same caption (relativistic) and the right caption to another
+    It is -log P(better is preferred). ARC uses it in three places: a discriminator prefers the real
+    clip to the fake one of the same caption (relativistic) and the right caption to another
     (contrastive); the student wants its fake preferred to the real one.
     """
     return F.softplus(worse - better).mean(1)
@@ -115,8 +115,8 @@ def energy_loss(x, y, width=4):
     """Energy score with beta = 1 (arXiv 2605.00329) of clips x (m, B, C, H, W) against y (B, ...).
 
     2 mean_k |x_k - y| - mean_{k < l} |x_k - x_l|, the mean over patches of `width` columns of the
-    latents, lengths per root value. With m >= 2 it is least, on average, for x of y's own
-    distribution given the caption. m = 1 has no second term: regression.
+    latents, where |d| is the root of the mean square. With m >= 2 it is least, on average, for x of
+    y's own distribution given the caption. m = 1 has no second term: regression.
     """
     def length(d):
         patches = d.unflatten(-1, (-1, width))                  # (..., C, H, W / width, width)

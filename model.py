@@ -176,8 +176,8 @@ class Pipeline(nn.Module):
         scheduler.set_timesteps(steps, device=self.device)
         first = int(scheduler.timesteps[0])
         if first < 0.9 * self.T:            # "leading" spacing: 2 steps would start at t = 501
-            raise InputError(f"--teacher_steps {steps}: this teacher's scheduler would start at t "
-                             f"= {first}, where x_t is not yet noise; pass 1, or more steps")
+            raise InputError(f"{steps} steps: this teacher's scheduler would start at t = {first}, "
+                             "where x_t is not yet noise; ask for 1, or for more")
         return scheduler
 
 

@@ -4,9 +4,9 @@
     python posttrain.py --student out/student --objective energy    # energy score, arXiv 2605.00329
     python posttrain.py --teacher tiny --objective energy           # from the teacher itself
 
-Captions are still all it needs: the papers have recordings, here the teacher makes clips, once.
-The same command again resumes, bit for bit. Writes to --out_dir what train.py writes, and
-clips.safetensors.
+It still needs only captions: the papers train on recordings, here the teacher makes clips, once.
+The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to --out_dir
+what train.py writes, and clips.safetensors.
 """
 import datetime
 import hashlib
@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -29,11 +27,12 @@ from data import caption_at, draw_batch, read_captions, sampling_noise
 from extras.cli import InputError, Parser, number, replace_file, run
 from extras.clips import teacher_clips
 from extras.device import has_bf16, pick_device
-from extras.hub import TINY, full_name, open_student, read_settings
+from extras.discriminator import Discriminator, encode
+from extras.hub import check_fit, full_name, open_student
 from extras.log import Log
 from extras.publish import write_student
-from extras.resume import read_checkpoint
-from lora import inject, load_lora_state, lora_disabled, save_lora
+from extras.resume import read_checkpoint, restore_lora
+from lora import inject, lora_disabled, save_lora
 from losses import (
     diffuse,
     energy_loss,
@@ -47,66 +46,78 @@ from losses import (
 from model import Pipeline, denoiser, load_unet
 from train import add_flags, checked, learning_rate, teacher_defaults
 
-# Flags of one objective or two: kind of value, {objective: default}, what it is. The defaults are
-# ours (LOG.md, 2026-11-21). With another objective such a flag is an error.
+# Flags of some objectives only: (type, objectives, default, help). The defaults are ours (LOG.md,
+# 2026-11-21). With any other objective they are refused.
 POSITIVE, COUNT, TIMESTEP = number(float), number(int, 1), number(int, 0, 1000)
+ENERGY = ("energy", "regression")
 FLAGS = {
-    "contrast": (POSITIVE, {"arc": 1.0}, "weight of the contrastive loss"),
-    "r1": (POSITIVE, {"arc": 1.0}, "weight of D's flatness near the teacher's clips"),
-    "r2": (POSITIVE, {"arc": 1.0}, "the same near the student's"),
-    "d_lr": (POSITIVE, {"arc": 5e-4}, "rate of the discriminator D"),
-    "d_first": (number(int), {"arc": 40}, "first steps, in which only D learns"),
-    "d_frozen": (number(int, 0, 1), {"arc": 0}, "1: of D only the heads learn"),
-    "d_t_min": (TIMESTEP, {"arc": 50}, "smallest timestep that D hears clips at"),
-    "d_t_max": (TIMESTEP, {"arc": 700}, "one above the largest"),
-    "samples": (number(int, 2), {"energy": 2}, "clips of a caption"),
-    "patch": (COUNT, {"energy": 4, "regression": 4}, "columns of latents compared as one"),
-    "feature_weight": (POSITIVE, {"energy": 0.0, "regression": 0.0},
-                       "weight of the distance in the teacher's features"),
+    "contrast": (POSITIVE, ["arc"], 1.0, "weight of the contrastive loss"),
+    "r1": (POSITIVE, ["arc"], 1.0, "weight of R1, which keeps D flat around the teacher's clips"),
+    "r2": (POSITIVE, ["arc"], 1.0, "weight of R2, around the student's"),
+    "d_lr": (POSITIVE, ["arc"], 5e-4, "rate of the discriminator D"),
+    "d_first": (number(int), ["arc"], 40, "steps before the student starts to learn"),
+    "d_frozen": (number(int, 0, 1), ["arc"], 0, "1: train only D's heads"),
+    "d_t_min": (TIMESTEP, ["arc"], 50, "smallest timestep of the clips that D scores"),
+    "d_t_max": (TIMESTEP, ["arc"], 700, "one above the largest"),
+    "samples": (number(int, 2), ["energy"], 2, "clips of a caption"),
+    "patch": (COUNT, ENERGY, 4, "latent columns in a patch; distances are per patch"),
+    "feature_weight": (POSITIVE, ENERGY, 0.0, "weight of the distance in the teacher's features"),
 }
-# What a student's own run decides here as well, unless the command line does.
+# Flags whose defaults come from the run that made --student.
 KEPT = ("captions", "caption_column", "max_captions", "guidance", "lora_guidance", "weighting",
         "lora_weighting", "tv", "tv_weight", "lora_rank", "lora_alpha", "lora_targets", "lora_drop",
-        "t_min", "t_max", "parameterization", "student_t")
-NEAR = 0.05             # how far R1 and R2 move a noised clip, as in ARC's public code
+        "t_min", "t_max")
+NEAR = 0.05             # standard deviation of the noise that R1 and R2 add, as in ARC's code
+
+
+def student_defaults(args):
+    """Return the defaults {flag: value} that --student brings; InputError for another teacher's."""
+    _, _, about = open_student(args.student)
+    flags, teacher = about.get("flags", {}), about["teacher"]
+    if not flags and not args.teacher:
+        raise InputError(f"--student {args.student}: does not say whose student it is; pass "
+                         "--teacher NAME")
+    if flags and args.teacher and full_name(args.teacher) != full_name(teacher):
+        raise InputError(f"--student {args.student}: its teacher is {teacher}, not --teacher "
+                         f"{args.teacher}")
+    kept = {key: flags[key] for key in KEPT if key in flags}
+    if kept.get("lora_guidance") == kept.get("guidance"):
+        kept.pop("lora_guidance", None)             # "same as --guidance", which may be given here
+    if args.captions:
+        kept.update(caption_column=None, max_captions=None)
+    return {**kept, "teacher": args.teacher or teacher, "student": full_name(args.student),
+            "parameterization": about["parameterization"], "student_t": about.get("timestep")}
 
 
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--objective", choices=("arc", "energy", "regression", "vsd"), required=True,
-        help="what to learn from the clips by; vsd: nothing, train.py's loss goes on")
+        help="loss on the teacher's clips; vsd: none, only train.py's own")
     add("--student", help="start from this student of train.py; default: from --teacher")
-    add("--clips", type=COUNT, default=1536, help="clips that the teacher makes")
-    add("--clip_steps", type=number(int, 1, 1000), default=10, help="in so many steps each")
+    add("--clips", type=COUNT, default=1536, help="how many the teacher makes")
+    add("--clip_steps", type=number(int, 1, 1000), default=10, help="sampling steps of each")
     add("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
     add("--vsd", type=POSITIVE, help="weight of VSD beside the objective; default: 0")
-    for name, (kind, defaults, what) in FLAGS.items():
-        default, = set(defaults.values())
-        add(f"--{name}", type=kind, help=f"{', '.join(defaults)}: {what}; default: {default}")
+    for name, (kind, objectives, default, what) in FLAGS.items():
+        add(f"--{name}", type=kind, help=f"{', '.join(objectives)}: {what}; default: {default}")
     add_flags(add)
 
-    # The start decides the teacher, and the two bring defaults; the command line wins.
+    # The starting student fixes the teacher; both supply defaults; the command line wins.
     p.set_defaults(teacher=None, out_dir="out_post")
-    args, about = p.parse_args(argv), {}
-    if args.student:
-        about = open_student(args.student)[2]
-        args.teacher = args.teacher or about["teacher"]
-        if full_name(args.teacher) != full_name(about["teacher"]):
-            raise InputError(f"--student {args.student}: its teacher is {about['teacher']}, not "
-                             f"--teacher {args.teacher}")
+    args = p.parse_args(argv)
+    defaults = student_defaults(args) if args.student else {"teacher": args.teacher}
+    args.teacher = defaults["teacher"]
     if args.teacher is None:
         raise InputError("pass --student FOLDER or --teacher NAME to start from")
-    flags, folder = about.get("flags", {}), TINY if args.teacher == "tiny" else args.teacher
-    p.set_defaults(**{**teacher_defaults(args), "teacher": args.teacher,
-                      **read_settings(folder).get("posttrain", {}).get(args.objective, {}),
-                      **{key: flags[key] for key in KEPT if key in flags}})
+    p.set_defaults(**{**teacher_defaults(args), **defaults})
     args = checked(p.parse_args(argv))
+    args.student = defaults.get("student")
 
-    for name, (_, defaults, _) in FLAGS.items():
+    for name, (_, objectives, default, _) in FLAGS.items():
         if getattr(args, name) is None:
-            setattr(args, name, defaults.get(args.objective))
-        elif args.objective not in defaults:
+            setattr(args, name, default if args.objective in objectives else None)
+        elif args.objective not in objectives:
             raise InputError(f"--{name} does not go with --objective {args.objective}")
     if args.clips < args.batch_size:
         raise InputError(f"--clips {args.clips}: fewer than a batch, --batch_size "
@@ -115,65 +126,18 @@ def parse_args(argv=None):
         raise InputError(f"--d_t_min {args.d_t_min} must be below --d_t_max {args.d_t_max}")
     if args.vsd is None:
         args.vsd = float(args.objective == "vsd")
+    if args.vsd and args.feature_weight or args.objective == "vsd" and not args.vsd:
+        raise InputError(f"--vsd {args.vsd} does not go with "
+                         + ("--feature_weight" if args.vsd else "--objective vsd"))
     args.cache = args.cache or os.path.join(args.out_dir, "clips.safetensors")
     return args
 
 
-# ---- ARC's discriminator -----------------------------------------------------------------------
-
-def encode(unet, x, t, text):
-    """The maps [(B, C, h, w)] at the end of each level of a UNet's encoder, and in its middle."""
-    dtype = next(unet.parameters()).dtype
-    x, text = x.to(dtype), text.to(dtype)
-    emb = unet.time_embedding(unet.time_proj(t).to(dtype))
-    x, maps = unet.conv_in(x), []
-    for block in unet.down_blocks:
-        attends = getattr(block, "has_cross_attention", False)
-        x, states = block(x, emb, **({"encoder_hidden_states": text} if attends else {}))
-        maps.append(states[-2] if block.downsamplers else states[-1])
-    return [*maps, unet.mid_block(x, emb, encoder_hidden_states=text)]
-
-
-class Discriminator(nn.Module):
-    """Scores (B, n) of noised clips: the higher, the more like the teacher's own.
-
-    As in ARC it is the network itself up to its middle, trained, with new heads; here one on each
-    level. frozen: only the heads learn, and the rest stays the teacher's (LADD, arXiv 2403.12015).
-    """
-
-    def __init__(self, unet, frozen):
-        super().__init__()
-        self.unet = unet.requires_grad_(not frozen)
-        for unused in ("up_blocks", "conv_norm_out", "conv_act", "conv_out"):
-            delattr(self.unet, unused)
-        widths = unet.config.block_out_channels
-        self.heads = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(width, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, 1, 1))
-            for width in (*widths, widths[-1]))
-
-    def forward(self, x, t, text):
-        maps = encode(self.unet, x, t, text)
-        return torch.cat([head(m.float()).flatten(1) for head, m in zip(self.heads, maps)], 1)
-
-
 def draw_more(numbers, seed, count, shape, low, high):
-    """What is drawn beside draw_batch(): noises (count, B, *shape), and t (B,) in [low, high)."""
+    """Random numbers beside draw_batch()'s: noises (count, B, *shape), t (B,) in [low, high)."""
     rngs = [np.random.default_rng((seed, 3, n)) for n in numbers]
     noises = np.stack([r.standard_normal((count, *shape), dtype=np.float32) for r in rngs], 1)
     return torch.from_numpy(noises), torch.tensor([int(r.integers(low, high)) for r in rngs])
-
-
-def restore_lora(unet, folder):
-    """Load the LoRA teacher that train.py left beside a student, if there is one; say which."""
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        return f"{path}: not there, so the LoRA teacher starts as the teacher"
-    try:
-        load_lora_state(unet, load_file(path))
-    except Exception as e:
-        raise InputError(f"{path}: does not fit --lora_rank and --lora_targets, or is damaged "
-                         f"({type(e).__name__})")
-    return f"{path}: the LoRA teacher goes on from there"
 
 
 def main(argv=None):
@@ -205,16 +169,19 @@ def main(argv=None):
                          "not a multiple of it")
     null, clips = pipe.encode_text([""]), ()
     if args.objective != "vsd":
-        eps = guided(denoiser(unet.requires_grad_(False), amp), null, args.guidance)
-        clips = teacher_clips(args, captions, digest, pipe, eps, rank)
-        if ranks > 1:
+        if rank > 0:
             dist.barrier()
-            clips = teacher_clips(args, captions, digest, pipe, eps)
-        del eps
+        teacher = guided(denoiser(unet.requires_grad_(False), amp), null, args.guidance)
+        clips = teacher_clips(args, captions, digest, pipe, teacher)
+        if rank == 0 and ranks > 1:
+            dist.barrier()
+        del teacher
 
     # ---- what learns: the student; ARC's discriminator; with VSD, the LoRA teacher --------------
     folder, part, _ = open_student(args.student) if args.student else (pipe.folder, "unet", {})
-    nets, rates = {"student": load_unet(folder, part).to(device)}, {"student": args.lr}
+    student = load_unet(folder, part).to(device)
+    check_fit(student.config, pipe.folder)
+    nets, rates = {"student": student}, {"student": args.lr}
     torch.manual_seed(args.seed)
     if arc:
         dtype = unet.dtype if args.d_frozen else torch.float32
@@ -222,8 +189,8 @@ def main(argv=None):
         nets["d"], rates["d"] = D.to(device), args.d_lr
     if args.vsd:
         inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-        if args.student:
-            say(restore_lora(unet, folder.parent / "lora"))
+        if args.student and not found:
+            say(restore_lora(unet, folder.parent / "lora", args))
         nets["lora"], rates["lora"] = unet, args.lora_lr
     elif not args.feature_weight:
         unet = None                         # it has made its clips; at full size 1.7 GB
@@ -239,13 +206,12 @@ def main(argv=None):
         for name, opt in opts.items():
             opt.load_state_dict(found["opts"][name])
         del found
-    student = nets["student"]
     if args.checkpointing:
         for net in (student, unet, D.unet if arc else None):
             if net is not None:
                 net.enable_gradient_checkpointing()
     if args.compile:
-        nets = {name: torch.compile(net) for name, net in nets.items()}
+        nets.update({k: torch.compile(nets[k]) for k in nets if k != "d"})  # D goes back twice
     if ranks > 1:
         nets = {name: DDP(net) for name, net in nets.items()}
 
@@ -289,8 +255,7 @@ def main(argv=None):
                desc=args.objective, disable=rank > 0)
     for step in bar:
         for name, opt in opts.items():
-            waits = name == "student" and arc and step < args.d_first
-            opt.param_groups[0]["lr"] = 0 if waits else rates[name] * learning_rate(step, args)
+            opt.param_groups[0]["lr"] = rates[name] * learning_rate(step, args)
             opt.zero_grad()
 
         for micro in range(args.grad_accum):
@@ -301,7 +266,7 @@ def main(argv=None):
             more, t_d = (x.to(device) for x in draw_more(
                 numbers, args.seed, args.samples or 3, pipe.latent_shape, args.d_t_min or 0,
                 args.d_t_max or 1))
-            if len(clips):                  # clip y, made from noise z_y, and its caption's place
+            if len(clips):                  # y, made from noise z_y; clip n has the n-th caption
                 numbers = [caption_at(range(args.clips), args.seed, n) for n in numbers]
                 y = clips[numbers].to(device).float()
                 z_y = sampling_noise(numbers, args.seed, pipe.latent_shape).to(device)
@@ -309,15 +274,16 @@ def main(argv=None):
             for net in nets.values():       # DDP averages gradients once a step
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
-            # Student: clips x (m, B, C, h, w) of the captions of y, from noise that is not y's
-            # unless it regresses; with a feature loss, also from y's.
+            # Student: clips x (m, B, C, h, w) of the same captions, from fresh noise; regression
+            # and the feature loss need the noise that y was made from.
             z = [*more] if energy else [z_y] if regression else [z_T]
-            z += [z_y] if args.feature_weight else []
+            z += [z_y] if energy and args.feature_weight else []
             x = one_step(student_eps, torch.cat(z), text.repeat(len(z), 1, 1), alpha, sigma,
                          args.parameterization, args.student_t).unflatten(0, (len(z), -1))
             x0, loss = x[0], torch.zeros(args.batch_size, device=device)
             if arc:
-                # D hears both with the same noise; its pass of `made` serves the student and D.
+                # D scores both clips at one t and noise. The scores `made` are used twice, for the
+                # student's gradient and for D's loss.
                 fake = x0.detach().requires_grad_()
                 y_t, fake_t = (diffuse(clip, t_d, more[0], alpha, sigma) for clip in (y, fake))
                 heard = [y_t, y_t, y_t + NEAR * more[1], fake_t.detach() + NEAR * more[2]]
@@ -341,9 +307,10 @@ def main(argv=None):
                 log.add(args.objective, loss)
             if args.feature_weight:
                 ours, theirs = (diffuse(clip, t, eps, alpha, sigma) for clip in (x[-1], y))
-                with lora_disabled(unet), amp:
+                with amp:
                     maps = zip(encode(unet, ours, t, text), encode(unet, theirs, t, text))
-                    feature = sum((a - b).float().square().mean((1, 2, 3)) for a, b in maps)
+                    feature = sum((a.float() - b.float()).square().mean((1, 2, 3))
+                                  for a, b in maps)
                 log.add("feature", feature, t)
                 loss = loss + args.feature_weight * feature
             if args.vsd:                    # train.py's step, from here
@@ -365,7 +332,8 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or math.inf)
             log.add(f"grad_{name}", norm)
             bad_step = torch.where(norm.isfinite(), bad_step, bad_step.clamp(max=step))
-            opt.step()
+            if name != "student" or step >= (args.d_first or 0):
+                opt.step()
         if ema:
             rate = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(ema, [p.detach() for p in weights["student"]], 1 - rate)
@@ -375,8 +343,8 @@ def main(argv=None):
         if due_save or done % args.log_every == 0:      # at each save: a resumed log has no gap
             if math.isfinite(bad_step):
                 raise InputError(f"step {int(bad_step)}: the loss or a gradient is not finite; the "
-                                 f"last checkpoint in {out} is good. Resume with a smaller --lr or "
-                                 "--lora_lr, or with --precision fp32")
+                                 f"last checkpoint in {out} is good. Resume with a smaller --lr, "
+                                 "--lora_lr or --d_lr, or with --precision fp32")
             line = log.write(done, step_size)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in (args.objective, "x0_std")})
         if due_save:

@@ -19,7 +19,7 @@ SAVE_EVERY = 128        # clips
 def read_clips(path, about, shape):
     """Read the clips of a file, (N, *shape); none if it does not exist.
 
-    InputError where they are others than `about` says, which names what they were made from.
+    InputError if they were not made from what `about` names.
     """
     if not path.exists():
         return torch.zeros(0, *shape, dtype=torch.float16)
@@ -28,26 +28,26 @@ def read_clips(path, about, shape):
             found = json.loads(file.metadata()["about"])
         clips = load_file(path)["clips"]
     except Exception as e:                              # each kind of damage its own error
-        raise InputError(f"{path}: is no file of clips ({type(e).__name__}); remove it, or pass "
-                         "another --cache")
+        raise InputError(f"{path}: is no file of clips ({type(e).__name__}); pass another "
+                         "--cache")
     for key, value in about.items():
         if found.get(key) != value:
-            raise InputError(f"{path}: its clips were made with {key} {found.get(key)}, not "
-                             f"{value}; pass another --cache")
+            what = "other captions" if key == "captions" else f"{key} {found.get(key)}, not {value}"
+            raise InputError(f"{path}: its clips were made with {what}; pass another --cache")
     return clips
 
 
-def teacher_clips(args, captions, digest, pipe, eps, rank=0):
+def teacher_clips(args, captions, digest, pipe, eps):
     """Latents (--clips, C, h, w) in fp16 by the guided teacher `eps`: clip n is of caption_at(n).
 
-    --cache keeps them; where it holds fewer, it goes on. Only the process of rank 0 makes any.
+    --cache keeps them; where it holds fewer, it goes on.
     """
     path, shape = Path(args.cache), pipe.latent_shape
     about = {"teacher": full_name(args.teacher), "guidance": args.guidance,
              "clip_steps": args.clip_steps, "seed": args.seed, "captions": digest,
              "latents": list(shape)}
     clips = read_clips(path, about, shape)
-    if rank > 0 or len(clips) >= args.clips:
+    if len(clips) >= args.clips:
         return clips[:args.clips]
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=args.clips, initial=len(clips), desc="the teacher's clips")

@@ -20,7 +20,7 @@ from model import Pipeline, denoiser, load_unet, many_steps
 SMALL = ["--max_steps", 2, "--batch_size", 4, "--lr", 1e-3, "--guidance", 2, "--lora_rank", 4,
          "--grad_accum", 1, "--clips", 8, "--log_every", 1, "--device", "cpu"]
 ARC = ["--objective", "arc", "--d_first", 0]
-FULL = {"arc": [*ARC, "--vsd", 1, "--ema", 0.9],
+FULL = {"arc": [*ARC, "--vsd", 1, "--ema", 0.9, "--d_first", 3],
         "energy": ["--objective", "energy", "--samples", 3, "--feature_weight", 0.1],
         "regression": ["--objective", "regression"], "vsd": ["--objective", "vsd"]}
 
@@ -303,16 +303,8 @@ def test_flags_of_a_student_s_own_run_hold_unless_given(start, clips, captions):
     args = parsed()
     assert (args.guidance, args.student_t, args.lora_rank) == (2, 625, 4)
     assert args.captions == str(captions) and args.out_dir == "out_post" and args.samples == 2
-    assert parsed("--guidance", 3).guidance == 3 and args.r1 is None
-
-
-def test_the_teacher_s_folder_brings_defaults_for_an_objective(broken, captions):
-    (broken / "swiftaudio.json").write_text(json.dumps(
-        {"seconds": 0.64, "train": {"lr": 0.5, "ema": 0.5},
-         "posttrain": {"energy": {"lr": 0.25, "patch": 2}}}))
-    args = posttrain.parse_args(strings("--teacher", broken, "--objective", "energy", "--captions",
-                                        captions))
-    assert (args.lr, args.ema, args.patch) == (0.25, 0.5, 2)
+    given = parsed("--guidance", 3, "--captions", captions)
+    assert given.guidance == given.lora_guidance == 3 and args.r1 is None
 
 
 # ---- resuming, processes, memory ---------------------------------------------------------------
@@ -336,14 +328,18 @@ def test_2n_steps_equal_n_resume_n(go, start, objective, tmp_path):
 
 def test_accumulation_and_two_processes_equal_the_large_batch(
         go, plain, captions, clips, tmp_path):
-    """But for the contrastive loss, whose other caption comes from the micro-batch."""
+    """But for the contrastive loss, whose other caption comes from the micro-batch.
+
+    The processes have no file of clips yet: one makes it, both learn from it.
+    """
     flags = [*ARC, "--vsd", 1, "--contrast", 0, "--max_steps", 1]
     (large,) = go(*flags, out=tmp_path / "large")[2]
     (accumulated,) = go(*flags, "--batch_size", 2, "--grad_accum", 2, out=tmp_path / "b")[2]
-    code, output = run("posttrain.py", "--teacher", plain, "--captions", captions, "--cache", clips,
-                       "--out_dir", tmp_path / "c", *SMALL, *flags, "--batch_size", 2, ranks=2,
-                       cwd=tmp_path)
+    code, output = run("posttrain.py", "--teacher", plain, "--captions", captions, "--out_dir",
+                       tmp_path / "c", *SMALL, *flags, "--batch_size", 2, ranks=2, cwd=tmp_path)
     assert code == 0, output
+    torch.testing.assert_close(load_file(tmp_path / "c/clips.safetensors"), load_file(clips),
+                               rtol=1e-2, atol=1e-2)
     processes = json.loads((tmp_path / "c/metrics.jsonl").read_text())
     for key in ("arc", "d", "vsd", "lora", "grad_student", "grad_d", "grad_lora"):
         for line in (accumulated, processes):
@@ -376,6 +372,10 @@ def test_refusals(plain, adapter, captions, clips, start, tmp_path):
             ([*energy, *teacher, "--guidance", 3], [str(clips), "guidance 2.0", "3.0"]),
             ([*energy, "--teacher", adapter], [str(clips), "teacher", str(adapter)]),
             ([*energy, *teacher, "--seed", 1], [str(clips), "seed 0"]),
+            ([*energy, *teacher, "--vsd", 1, "--feature_weight", 1], ["--vsd 1.0", "--feature_w"]),
+            (["--objective", "vsd", *teacher, "--vsd", 0], ["--vsd 0.0", "--objective vsd"]),
+            ([*energy, "--student", plain], [str(plain), "pass --teacher"]),
+            ([*energy, *teacher, "--clip_steps", 2, "--cache", tmp_path / "n"], ["2 steps", "1"]),
             ([*energy, *teacher, "--cache", captions], [str(captions), "no file of clips"]),
             (["--objective", "vsd", *student, "--lora_rank", 5], ["lora", "--lora_rank"]),
             ([*energy, *teacher, "--out_dir", start.parent], [str(start.parent), "another"])):
@@ -385,8 +385,11 @@ def test_refusals(plain, adapter, captions, clips, start, tmp_path):
         assert clips.read_bytes() == kept and not (tmp_path / "out/student").exists()
 
 
-def test_a_folder_with_another_run_stays_as_it_is(go, tmp_path):
+def test_a_folder_with_another_run_stays_as_it_is(go, tmp_path, plain, captions):
     before = go("--objective", "energy")[1]
-    with pytest.raises(InputError, match="holds a run with --objective energy|--patch|--samples"):
+    with pytest.raises(InputError, match="holds a run with --objective energy"):
         go("--objective", "regression")
+    with pytest.raises(InputError, match="holds a run with --objective energy, this one has None"):
+        train.main(strings("--teacher", plain, "--captions", captions, "--out_dir",
+                           tmp_path / "out", "--device", "cpu", "--lora_rank", 4))
     equal(load_file(tmp_path / "out/student/diffusion_pytorch_model.safetensors"), before)
