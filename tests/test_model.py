@@ -128,7 +128,7 @@ def test_one_step_of_the_teacher_is_eq_1(plain):
 def test_too_few_steps_are_refused_where_they_would_not_start_from_noise(plain):
     pipe = Pipeline(plain)                                      # PNDM, "leading" spacing
     for steps, first in ((2, 501), (6, 831), (9, 889)):
-        with pytest.raises(InputError, match=f"--teacher_steps {steps}: .* t = {first}, where"):
+        with pytest.raises(InputError, match=f"{steps} steps: .* t = {first}, where"):
             pipe.scheduler_of(steps)
     assert pipe.scheduler_of(10).timesteps[0] == 901
     assert Pipeline("tiny").scheduler_of(2).timesteps.tolist() == [999, 499]    # "trailing"

@@ -150,7 +150,7 @@ def test_the_teacher_in_many_steps(student, plain, tmp_path):
 def test_too_few_steps_of_the_teacher_are_refused_before_anything_is_written(plain, tmp_path):
     for steps in (2, 9):
         refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", steps,
-                "--device", "cpu", cwd=tmp_path, says=[f"--teacher_steps {steps}", "more steps"])
+                "--device", "cpu", cwd=tmp_path, says=[f"{steps} steps", "for more"])
     refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", 1001,
             cwd=tmp_path, says=["--teacher_steps: 1001 must be between 1 and 1000"])
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
     python -m tiny.ablate levers --steps 200 --seeds 1      # what the tiny default was chosen from
     python -m tiny.ablate objectives        # VSD, ARC, energy score and regression in five minutes
+    python -m tiny.ablate energy            # parts of the energy score; arc: of ARC
 
 Runs are kept under --out and not made again. --steps is short by default: what is compared is the
 order, at equal cost.
@@ -80,6 +81,21 @@ TABLES = {
         "VSD, then regression": f"{VSD.format(313)} {T625} | {REGRESSION.format(105)} {LOW}",
         "VSD, then ARC": f"{VSD.format(313)} {T625} | {ARC.format(93)} {LOW}",
         "VSD, then ARC and VSD": f"{VSD.format(313)} {T625} | {ARC.format(57)} {LOW} --vsd 50",
+    },
+    "energy": {
+        "2 clips, patches of 4 columns": f"{ENERGY.format(200)} {T625}",
+        "patches of 2": f"{ENERGY.format(200)} {T625} --patch 2",
+        "patches of 8": f"{ENERGY.format(200)} {T625} --patch 8",
+        "whole clips": f"{ENERGY.format(200)} {T625} --patch 32",
+        "3 clips of 16 captions": f"{ENERGY.format(200)} {T625} --samples 3 --batch_size 16",
+        "features of the teacher": f"{ENERGY.format(200)} {T625} --feature_weight 0.01",
+    },
+    "arc": {
+        "ARC": f"{ARC.format(200)} {T625}",
+        "w/o the contrastive loss": f"{ARC.format(200)} {T625} --contrast 0",
+        "w/o R1": f"{ARC.format(200)} {T625} --r1 0",
+        "w/o R1 and R2": f"{ARC.format(200)} {T625} --r1 0 --r2 0",
+        "frozen features": f"{ARC.format(200)} {T625} --d_frozen 1 --d_lr 2e-3",
     },
 }
 
