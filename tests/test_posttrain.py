@@ -309,7 +309,8 @@ def test_flags_of_a_student_s_own_run_hold_unless_given(start, clips, captions):
 
 # ---- resuming, processes, memory ---------------------------------------------------------------
 
-@pytest.mark.parametrize("objective", FULL)
+@pytest.mark.parametrize("objective", ["arc", "energy"] + [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "vsd")])
 def test_2n_steps_equal_n_resume_n(go, start, objective, tmp_path):
     flags = dict(first=["--student", start])
     whole = go(*FULL[objective], "--max_steps", 4, out=tmp_path / "whole", **flags)
