@@ -130,7 +130,7 @@ def test_the_shipped_reference_is_what_the_classifier_hears():
     assert [n for n, *_ in rows] == [first + k * 512 // 9 for first in (0, 512) for k in range(9)]
     heard = score.features(score.load_classifier(), score.real(rows, score.REFERENCE))
     for shipped, again in zip(score.reference(rows)[:2], heard, strict=True):
-        assert shipped.shape[0] == 18 and torch.allclose(shipped, again, atol=1e-2)     # fp16
+        assert shipped.shape[0] == 18 and torch.allclose(shipped, again, atol=2e-2)     # fp16
 
 
 @pytest.mark.slow
@@ -144,7 +144,8 @@ def test_the_shipped_teacher_s_clips_are_what_the_classifier_hears(pipe):
 
 def test_the_second_list_is_of_the_same_kinds_and_new():
     (train, held), second = world.captions(), world.second_list()
-    kinds = [[(len(events) == 1, tuple(name for name, *_ in events) in world.UNSEEN)
+    unseen = [set(pair) for pair in world.UNSEEN]
+    kinds = [[(len(events) == 1, {name for name, *_ in events} in unseen)
               for _, events, _ in rows] for rows in (held, second)]
     assert sorted(kinds[0]) == sorted(kinds[1]) and kinds[1].count((False, True)) == 128
     captions = [text for text, _, _ in second]

@@ -146,7 +146,7 @@ def load_student(name, pipe):
 
     def latents(z_T, text):
         return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"],
-                        about["timestep"])
+                        about.get("timestep"))
 
     return folder, about, latents
 
