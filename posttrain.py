@@ -133,7 +133,7 @@ def parse_args(argv=None):
     return args
 
 
-def draw_more(numbers, seed, count, shape, low, high):
+def draw_more(numbers, seed, count, shape, low=0, high=1):
     """Random numbers beside draw_batch()'s: noises (count, B, *shape), t (B,) in [low, high)."""
     rngs = [np.random.default_rng((seed, 3, n)) for n in numbers]
     noises = np.stack([r.standard_normal((count, *shape), dtype=np.float32) for r in rngs], 1)
@@ -263,9 +263,11 @@ def main(argv=None):
             numbers = range(first, first + args.batch_size)
             z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
                 numbers, args.seed, pipe.latent_shape, args.t_min, args.t_max, pipe.T))
-            more, t_d = (x.to(device) for x in draw_more(
-                numbers, args.seed, args.samples or 3, pipe.latent_shape, args.d_t_min or 0,
-                args.d_t_max or 1))
+            if arc:
+                noises, t_d = (x.to(device) for x in draw_more(
+                    numbers, args.seed, 3, pipe.latent_shape, args.d_t_min, args.d_t_max))
+            if energy:
+                z_more = draw_more(numbers, args.seed, args.samples, pipe.latent_shape)[0]
             if len(clips):                  # y, made from noise z_y; clip n has the n-th caption
                 numbers = [caption_at(range(args.clips), args.seed, n) for n in numbers]
                 y = clips[numbers].to(device).float()
@@ -276,7 +278,7 @@ def main(argv=None):
 
             # Student: clips x (m, B, C, h, w) of the same captions, from fresh noise; regression
             # and the feature loss need the noise that y was made from.
-            z = [*more] if energy else [z_y] if regression else [z_T]
+            z = [*z_more.to(device)] if energy else [z_y] if regression else [z_T]
             z += [z_y] if energy and args.feature_weight else []
             x = one_step(student_eps, torch.cat(z), text.repeat(len(z), 1, 1), alpha, sigma,
                          args.parameterization, args.student_t).unflatten(0, (len(z), -1))
@@ -285,8 +287,8 @@ def main(argv=None):
                 # D scores both clips at one t and noise. The scores `made` are used twice, for the
                 # student's gradient and for D's loss.
                 fake = x0.detach().requires_grad_()
-                y_t, fake_t = (diffuse(clip, t_d, more[0], alpha, sigma) for clip in (y, fake))
-                heard = [y_t, y_t, y_t + NEAR * more[1], fake_t.detach() + NEAR * more[2]]
+                y_t, fake_t = (diffuse(clip, t_d, noises[0], alpha, sigma) for clip in (y, fake))
+                heard = [y_t, y_t, y_t + NEAR * noises[1], fake_t.detach() + NEAR * noises[2]]
                 texts = [text, text.roll(1, 0), text, text]
                 made = scores(fake_t, t_d, text)
                 real, wrong, near_real, near_made = scores(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import caption_at, sampling_noise
@@ -25,8 +25,7 @@ def read_clips(path, about, shape):
         return torch.zeros(0, *shape, dtype=torch.float16)
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["about"])
-        clips = load_file(path)["clips"]
+            found, clips = json.loads(file.metadata()["about"]), file.get_tensor("clips")
     except Exception as e:                              # each kind of damage its own error
         raise InputError(f"{path}: is no file of clips ({type(e).__name__}); pass another "
                          "--cache")

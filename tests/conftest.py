@@ -1,4 +1,6 @@
 """Small random teachers in Auffusion's two layouts, and helpers to run the command lines."""
+import copy
+import functools
 import gc
 import os
 import runpy
@@ -15,7 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import posttrain
+import train
 from extras.random_teacher import write_teacher
+from model import Pipeline, load_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                                # sums in one order: runs repeat bit for bit
@@ -66,6 +71,21 @@ def tf32():
     yield switches
     for switch, value in zip(switches, before):
         switch.allow_tf32 = value
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Read each teacher once, as a third of so short a run is reading: nothing trains in it."""
+    read = functools.cache(load_unet)
+
+    def copied_unet(folder, part="unet", dtype=torch.float32):
+        return copy.deepcopy(read(folder, part)).to(dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, posttrain):
+            patch.setattr(module, "Pipeline", functools.cache(Pipeline))
+            patch.setattr(module, "load_unet", copied_unet)
+        yield
 
 
 def run(script, *flags, cwd, ranks=0, threads=1, **kw):

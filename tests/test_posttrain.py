@@ -1,5 +1,4 @@
 """ARC and energy scoring on a teacher's own clips: the loop, its clips, and what it refuses."""
-import copy
 import functools
 import json
 
@@ -17,27 +16,13 @@ from lora import inject, load_lora_state
 from losses import diffuse, energy_loss, guided, one_step, relativistic_loss, vsd_loss
 from model import Pipeline, denoiser, load_unet, many_steps
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 SMALL = ["--max_steps", 2, "--batch_size", 4, "--lr", 1e-3, "--guidance", 2, "--lora_rank", 4,
          "--grad_accum", 1, "--clips", 8, "--log_every", 1, "--device", "cpu"]
 ARC = ["--objective", "arc", "--d_first", 0]
 FULL = {"arc": [*ARC, "--vsd", 1, "--ema", 0.9, "--d_first", 3],
         "energy": ["--objective", "energy", "--samples", 3, "--feature_weight", 0.1],
         "regression": ["--objective", "regression"], "vsd": ["--objective", "vsd"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Read each teacher once, as a third of so short a run is reading: nothing trains in it."""
-    read = functools.cache(load_unet)
-
-    def copied_unet(folder, part="unet", dtype=torch.float32):
-        return copy.deepcopy(read(folder, part)).to(dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train, posttrain):
-            patch.setattr(module, "Pipeline", functools.cache(Pipeline))
-            patch.setattr(module, "load_unet", copied_unet)
-        yield
 
 
 @pytest.fixture(scope="module")

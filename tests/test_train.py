@@ -1,6 +1,5 @@
 """Training: every flag does its part, runs repeat bit for bit, and nothing is ever lost."""
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -27,6 +26,7 @@ from lora import inject, load_lora_state
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import Pipeline, denoiser, load_unet
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 SMALL = [
     "--max_steps", 2, "--batch_size", 4, "--grad_accum", 1, "--lr", 1e-3, "--guidance", 2,
     "--lora_rank", 4, "--log_every", 1, "--device", "cpu"]
@@ -34,22 +34,6 @@ SMALL = [
 
 def flags_of(out, plain, captions):
     return ["--teacher", plain, "--captions", captions, "--out_dir", out, *SMALL]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Read each teacher once, as a third of so short a run is reading: nothing trains in it."""
-    @functools.cache
-    def read(folder):
-        return load_unet(folder)
-
-    def copied_unet(folder, dtype=torch.float32):
-        return copy.deepcopy(read(folder)).to(dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Pipeline", functools.cache(Pipeline))
-        patch.setattr(train, "load_unet", copied_unet)
-        yield
 
 
 def go(plain, captions, out, *flags):
