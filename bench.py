@@ -29,7 +29,9 @@ import train
 from data import draw_batch
 from extras.audio import log_mel
 from extras.cli import InputError, Parser, number, run
+from extras.decoder import new_decoder
 from extras.device import pick_device, sampling_dtype
+from extras.folded import fold_upsampling
 from extras.hub import TINY
 from extras.random_teacher import FULL, write_teacher
 from losses import at, diffuse, one_step
@@ -96,7 +98,7 @@ def row(name, *cells):
 def plain_system(folder, device):
     """Load (pipe, unet) in fp32 as the libraries leave them."""
     pipe = Pipeline(folder)
-    pipe.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    pipe.decoder = AutoencoderKL.from_pretrained(folder / "vae").eval()
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     return pipe.to(device), unet.to(device)
 
@@ -105,7 +107,7 @@ def our_system(folder, device, dtype, compiled):
     """Load (pipe, unet) as sample.py does."""
     pipe = Pipeline(folder, dtype=dtype).to(device)
     unet = load_unet(folder, dtype=dtype).to(device)
-    for network in (unet, pipe.vae.decoder, pipe.vocoder):
+    for network in (unet, pipe.decoder.decoder, pipe.vocoder):
         if compiled and not isinstance(network, GriffinLim):
             network.compile(mode="max-autotune")
     return pipe, unet
@@ -179,7 +181,15 @@ def bench_sample(folder, device, batch, runs, compiled):
     forget(device)
 
     pipe, unet = our_system(folder, device, half, compiled)
-    b, fast = time_stages(stages(pipe, unet, prompts), timed, 3 if compiled else 1)
+    warm_up = 3 if compiled else 1
+    b, fast = time_stages(stages(pipe, unet, prompts), timed, warm_up)
+    pipe.decoder = small = new_decoder(pipe.settings).requires_grad_(False)
+    small_tflop, _ = flops(lambda: small.decode(exact[UNET].cpu()))
+    fold_upsampling(small.decoder)
+    small.to(device, half, memory_format=torch.channels_last)
+    if compiled:
+        small.decoder.compile(mode="max-autotune")
+    c, _ = time_stages(stages(pipe, unet, prompts), timed, warm_up)
 
     # TFLOP, and the seconds that they take at the peak
     dtypes = {TEXT: full, UNET: half, VAE: half, VOCODER: pipe.vocoder.dtype}
@@ -198,11 +208,17 @@ def bench_sample(folder, device, batch, runs, compiled):
         n, s = tflop[name], a[name]
         row(title, n, f"{1e3 * s:.1f}", n / s, f"{n / best[full] / s:.0%}",
             f"{1e3 * t:.1f}", n / t, f"{at_peak / t:.0%}", f"{s / t:.2f}x")
+    for title, name, n in (("small decoder", VAE, small_tflop),
+                           ("waveform, small decoder", WHOLE,
+                            tflop[WHOLE] - tflop[VAE] + small_tflop)):
+        row(title, n, "-", "-", "-", f"{1e3 * c[name]:.1f}", n / c[name], "-",
+            f"{a[name] / c[name]:.2f}x")
 
-    factors = [x[WHOLE] / (batch * seconds) for x in (a, b)]
+    factors = [x[WHOLE] / (batch * seconds) for x in (a, b, c)]
     teacher = [(200 * x[UNET] + x[VAE] + x[VOCODER]) / b[WHOLE] for x in (b, a)]
     print(f"real-time factor: {factors[0]:.3f} plain, {factors[1]:.3f} ours "
-          f"({1 / factors[1]:.1f} x real time); peak GPU memory {memory(device)} GiB")
+          f"({1 / factors[1]:.1f} x real time), {factors[2]:.3f} with the small decoder "
+          f"({1 / factors[2]:.1f} x); peak GPU memory {memory(device)} GiB")
     print(f"the teacher's 200 passes, computed from the columns: {teacher[0]:.0f} x our time, in "
           f"plain fp32 {teacher[1]:.0f} x")
     latents = (exact[UNET] - fast[UNET]).std() / exact[UNET].std()

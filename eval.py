@@ -218,7 +218,8 @@ def generate(prompts, out, args, opened):
     pipe, latents, system = opened
     parts = "text_encoder", "text_encoder_0", "condition_adapter_0", "vae", "vocoder"
     unet = pipe.folder / "unet" if args.teacher_steps else Path(system["folder"])
-    files = [p for folder in (unet, *(pipe.folder / part for part in parts))
+    folders = {unet, Path(system.get("decoder", unet)), *(pipe.folder / part for part in parts)}
+    files = [p for folder in folders
              for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".json")]
     system = {**system, "seed": args.seed, "sha256": sha256(*sorted(files))}
     path = out / "manifest.json"

@@ -10,13 +10,13 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from huggingface_hub.utils import enable_progress_bars
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
 
 from extras.cli import InputError, read_json
-from extras.decoders import fold_upsampling, load_vocoder
+from extras.folded import fold_upsampling, load_vocoder
 from extras.hub import find, read_settings
 from losses import one_step
 
@@ -92,16 +92,20 @@ class Pipeline(nn.Module):
 
     name: "tiny", a folder or a hub name; skip: files not to download. seconds: length of a clip;
     None takes the folder's own, else Auffusion's 10.24. dtype: of the VAE and the vocoder.
+    decoder: folder of a small decoder (extras/decoder.py) to decode with in place of the VAE.
     Frozen. Has alpha, sigma (T + 1,), T, seconds, latent_shape (C, h, w), folder and settings.
     """
 
-    def __init__(self, name, seconds=None, skip=(), dtype=torch.float32):
+    def __init__(self, name, seconds=None, skip=(), dtype=torch.float32, decoder=None):
         super().__init__()
         self.folder = folder = find(name, skip)
         self.settings = read_settings(folder)
-        self.vae = load_part(folder, "vae", pretrained(AutoencoderKL))
-        fold_upsampling(self.vae.decoder)
-        self.vae.to(dtype, memory_format=torch.channels_last)
+        self.vae = self.decoder = load_part(folder, "vae", pretrained(AutoencoderKL))
+        if decoder:
+            self.decoder = load_part(decoder, "", pretrained(AutoencoderTiny))
+        fold_upsampling(self.decoder.decoder)
+        for network in (self.vae, self.decoder):
+            network.to(dtype, memory_format=torch.channels_last)
         self.vocoder = load_part(folder, "vocoder", load_vocoder)
         # bf16 would leave HiFi-GAN's noise 35 to 46 dB below the signal; fp16 has 3 more bits
         self.vocoder.to(torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -162,8 +166,8 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def decode(self, x0):
         """Latents (B, 4, h, w) -> log-mel (B, num_mels, 8 w) in nepers, row 0 the lowest bin."""
-        z = x0 / self.vae.config.scaling_factor
-        return image_to_mel(self.vae.decode(z.to(self.vae.dtype)).sample)
+        z = (x0 / self.decoder.config.scaling_factor).to(self.decoder.dtype)
+        return image_to_mel(self.decoder.decode(z).sample)
 
     @torch.no_grad()
     def vocode(self, mel):

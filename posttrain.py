@@ -247,10 +247,10 @@ def main(argv=None):
         f"captions a step, {len(clips)} clips of the teacher, latents {pipe.latent_shape}, "
         f"millions of parameters {millions}, {device.type} {config['precision']}, from step "
         f"{first_step}")
-    log = Log(out, first_step, rank)
+    log = Log(out, first_step, "a smaller --lr, --lora_lr or --d_lr, or with --precision fp32",
+              rank)
     if first_step >= args.max_steps:        # finished, but perhaps killed between two files
         save(first_step)
-    bad_step = torch.tensor(math.inf, device=device)
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps,
                desc=args.objective, disable=rank > 0)
     for step in bar:
@@ -332,8 +332,7 @@ def main(argv=None):
 
         for name, opt in opts.items():
             norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or math.inf)
-            log.add(f"grad_{name}", norm)
-            bad_step = torch.where(norm.isfinite(), bad_step, bad_step.clamp(max=step))
+            log.add_gradient(f"grad_{name}", norm, step)
             if name != "student" or step >= (args.d_first or 0):
                 opt.step()
         if ema:
@@ -343,18 +342,11 @@ def main(argv=None):
         done = step + 1
         due_save = done == args.max_steps or done % args.save_every == 0
         if due_save or done % args.log_every == 0:      # at each save: a resumed log has no gap
-            if math.isfinite(bad_step):
-                raise InputError(f"step {int(bad_step)}: the loss or a gradient is not finite; the "
-                                 f"last checkpoint in {out} is good. Resume with a smaller --lr, "
-                                 "--lora_lr or --d_lr, or with --precision fp32")
             line = log.write(done, step_size)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in (args.objective, "x0_std")})
         if due_save:
             save(done)
 
-    if ranks > 1:
-        dist.barrier()                      # none leaves while another still saves
-        dist.destroy_process_group()
     say(f"student: {out / 'student'}; hear it: python sample.py --student {out / 'student'} "
         '--prompt "..."')
 

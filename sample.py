@@ -39,6 +39,8 @@ def add_system(add):
     add("--guidance", type=number(float), help="the teacher's; default: its folder's own, else 7.5")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=count, default=8, help="clips at a time")
+    add("--decoder", choices=("vae", "fast"), default="vae",
+        help="fast: the small one that extras.decoder made for the student")
     add("--precision", choices=("auto", "fp32"), default="auto",
         help="auto: half where the machine is fast at it")
     add("--device", help="cuda, mps or cpu; default: the first there is")
@@ -90,11 +92,19 @@ def open_system(args, seconds=None):
         raise InputError("--guidance goes with --teacher_steps: a student's is trained in")
     device = pick_device(args.device, exact=args.precision == "fp32")
     dtype = sampling_dtype(device) if args.precision == "auto" else torch.float32
-    about = {}
+    about, decoder = {}, None
     if not (args.teacher and args.teacher_steps):
         folder, part, about = open_student(args.student)
+    if args.decoder == "fast":
+        if args.teacher_steps:
+            raise InputError("--decoder fast is a student's; it does not go with --teacher_steps")
+        decoder = folder / "decoder"
+        if not decoder.is_dir():
+            raise InputError(f"{decoder}: not there; make it: python -m extras.decoder --student "
+                             f"{args.student}")
     skip = [] if args.teacher_steps else ["unet/diffusion*"]    # a student needs no other UNet
-    pipe = Pipeline(args.teacher or about["teacher"], seconds or about.get("seconds"), skip, dtype)
+    pipe = Pipeline(args.teacher or about["teacher"], seconds or about.get("seconds"), skip, dtype,
+                    decoder)
     pipe.to(device)
     if args.teacher_steps:
         if args.teacher_steps > 1:
@@ -105,6 +115,8 @@ def open_system(args, seconds=None):
         system = {"teacher": str(folder), "steps": args.teacher_steps, "guidance": scale}
     else:
         system = {"student": args.student, "folder": str(folder / part), "steps": 1}
+    if decoder:
+        system["decoder"] = str(decoder)
     unet = load_unet(folder, part, dtype).to(device).requires_grad_(False)
     check_fit(unet.config, pipe.folder)
     null, eps = pipe.encode_text([""]), denoiser(unet)

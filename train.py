@@ -199,10 +199,9 @@ def main(argv=None):
         save_lora(unet, out / "lora", args.lora_rank, args.lora_alpha)
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
-    log = Log(out, first_step, rank)
+    log = Log(out, first_step, "a smaller --lr or --lora_lr, or with --precision fp32", rank)
     if first_step >= args.max_steps:        # finished, but perhaps killed between two files
         save(first_step)
-    bad_step = torch.tensor(math.inf, device=device)
     bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps,
                desc="distil", disable=rank > 0)
     for step in bar:
@@ -241,9 +240,7 @@ def main(argv=None):
         limit = args.grad_clip or math.inf
         for name, ps in (("grad_student", list(student.parameters())), ("grad_lora", adapters)):
             norm = torch.nn.utils.clip_grad_norm_(ps, limit)
-            log.add(name, norm)
-            # Finite only if every loss and gradient is. Read at the next line of the log.
-            bad_step = torch.where(norm.isfinite(), bad_step, bad_step.clamp(max=step))
+            log.add_gradient(name, norm, step)          # the run ends where it is not finite
         opt_student.step()
         opt_lora.step()
         if ema:                             # the average is shorter in the first steps
@@ -253,18 +250,11 @@ def main(argv=None):
         done = step + 1
         due_save = done == args.max_steps or done % args.save_every == 0
         if due_save or done % args.log_every == 0:      # at each save: a resumed log has no gap
-            if math.isfinite(bad_step):
-                raise InputError(f"step {int(bad_step)}: the loss or a gradient is not finite; the "
-                                 f"last checkpoint in {out} is good. Resume with a smaller --lr "
-                                 "or --lora_lr, or with --precision fp32")
             line = log.write(done, step_size)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in ("vsd", "lora", "x0_std")})
         if due_save:
             save(done)
 
-    if ranks > 1:
-        dist.barrier()                      # none leaves while another still saves
-        dist.destroy_process_group()
     say(f"student: {out / 'student'}; hear it: python sample.py --student {out / 'student'} "
         '--prompt "..."')
 

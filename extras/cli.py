@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+import torch.distributed as dist
+
 
 class InputError(SystemExit):
     """Something the user gave is wrong: ends the program with this one line and exit code 1."""
@@ -50,11 +52,18 @@ def number(kind, low=0, high=math.inf):
 
 
 def run(main):
-    """Run a command's main(), saying in one line what the file system refuses."""
+    """Run a command's main(), saying in one line what the file system refuses.
+
+    What torchrun started is ended here, where main()'s networks are gone: DistributedDataParallel
+    deadlocks if it is the last to hold its process group (LOG.md, 2026-11-21).
+    """
     try:
         main()
     except OSError as e:
         raise InputError(e)
+    if dist.is_initialized():
+        dist.barrier()                      # none leaves while another still saves
+        dist.destroy_process_group()
 
 
 def read_json(path):

@@ -21,7 +21,8 @@ def find(name, skip=()):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise InputError(f"{name}: no such folder, and not a name on the hub (user/model)")
     parts = ["unet/*", "vae/*", "text_encoder*", "tokenizer/*", "scheduler/*", "vocoder/*",
-             "condition_*", "config.json", "swiftaudio.json", "diffusion_pytorch_model.*"]
+             "condition_*", "config.json", "swiftaudio.json", "diffusion_pytorch_model.*",
+             "decoder/*.json", "decoder/*.safetensors"]
     variants = "*.*.safetensors", "*.*.bin"             # such as model.fp16.safetensors
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=parts,

@@ -1,23 +1,26 @@
-"""Running means of a training run, a line an interval."""
+"""Running means of a training run, a line an interval; a run whose gradients break is ended."""
 import json
+import math
 import time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from extras.cli import replace_text
+from extras.cli import InputError, replace_text
 
 
 class Log:
     """Mean values a line: metrics.jsonl, and TensorBoard if it is installed.
 
     To log a value, add() it in the loop. Sums stay on the device, as reading one each step would
-    stall a GPU. Lines after first_step, of an earlier part of the run, are dropped.
+    stall a GPU. Lines after first_step, of an earlier part of the run, are dropped. remedy: what
+    to resume with after a gradient that is not finite.
     """
 
-    def __init__(self, out, first_step, rank):
+    def __init__(self, out, first_step, remedy, rank=0):
         self.sums, self.step, self.time, self.rank = {}, first_step, time.time(), rank
+        self.remedy, self.bad_step = remedy, torch.tensor(math.inf)
         self.path, self.board = out / "metrics.jsonl", None
         if rank > 0:
             return
@@ -42,8 +45,21 @@ class Log:
         for key, row in rows.items():
             self.sums[key] = self.sums.get(key, 0) + torch.stack(row)       # sum, count
 
+    def add_gradient(self, name, norm, step):
+        """Add a gradient's norm, which is finite only if every loss and gradient is."""
+        self.add(name, norm)
+        bad_step = self.bad_step.to(norm.device)
+        self.bad_step = torch.where(norm.isfinite(), bad_step, bad_step.clamp(max=step))
+
     def write(self, step, step_size):
-        """Write the means since the last line, over all processes, and return them."""
+        """Write the means since the last line, over all processes, and return them.
+
+        InputError if a gradient since then was not finite: save only what was written about.
+        """
+        if math.isfinite(self.bad_step):
+            raise InputError(f"step {int(self.bad_step)}: the loss or a gradient is not finite; "
+                             f"the last checkpoint in {self.path.parent} is good. Resume with "
+                             f"{self.remedy}")
         line = {"step": step}
         for name, sums in self.sums.items():
             if dist.is_initialized():

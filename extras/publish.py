@@ -19,15 +19,17 @@ one UNet pass.
 - Sample: `python sample.py --student FOLDER --prompt "a dog barks"`
 - Trained: `{command}`, {step} steps
 - Licence: that of the teacher, of which this is an adaptation
-- Metrics: {metrics}
+{decoder}- Metrics: {metrics}
 """
 
 
 def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
     path, about = Path(folder) / "README.md", read_json(Path(folder) / "swiftaudio.json")
-    if metrics is None and path.exists() and f", {about['step']} steps\n" in path.read_text():
-        return                              # this very student's, and perhaps scored since
+    card = path.read_text() if path.exists() else ""
+    if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
+        metrics = card.rpartition("- Metrics: ")[2].strip()
+    small = "- Small decoder: `--decoder fast`\n" if Path(folder, "decoder").is_dir() else ""
     teacher = about["teacher"]
     name = Path(teacher).name if Path(teacher).is_absolute() else teacher
     auffusion = re.search("auffusion|swiftaudio", name.lower())
@@ -35,7 +37,7 @@ def write_card(folder, metrics=None):
         licence="mit" if name == "tiny" else "cc-by-nc-sa-4.0" if auffusion else "other",
         base=f"base_model: {name}\n" if "/" in name else "", teacher=name, step=about["step"],
         command=about.get("command", "python train.py"),
-        metrics=metrics or "not measured; see eval.py"))
+        decoder=small, metrics=metrics or "not measured; see eval.py"))
 
 
 def write_student(folder, student, ema, pipe, step, config, command):

@@ -14,27 +14,29 @@ MAY_CHANGE = {
 }
 
 
-def read_checkpoint(path, config, digest):
-    """Load this run's checkpoint, or None. InputError, naming the flag, for another run's."""
+def read_checkpoint(path, config, digest, instead="choose another --out_dir"):
+    """Load this run's checkpoint, or None. InputError, naming the flag, for another run's.
+
+    instead: what to do then.
+    """
     out = path.parent
     if not path.exists():
         if (out / "student").exists():
-            raise InputError(f"{out}: holds a student but no checkpoint to resume from; choose "
-                             "another --out_dir")
+            raise InputError(f"{out}: holds a student but no checkpoint to resume from; {instead}")
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                              # torch.load fails in many ways
         raise InputError(f"{path}: cannot be read ({type(e).__name__}); remove it to start anew, "
-                         "or choose another --out_dir")
+                         f"or {instead}")
     fixed = set(config) - MAY_CHANGE | ({"max_steps"} if config["decay"] else set())
     # first of all whose run it is: train.py has no objective
     for name in ["objective", *sorted(fixed)]:
         if found["config"].get(name) != config.get(name):
             raise InputError(f"{out}: holds a run with --{name} {found['config'].get(name)}, this "
-                             f"one has {config.get(name)}; choose another --out_dir")
+                             f"one has {config.get(name)}; {instead}")
     if found["digest"] != digest:
-        raise InputError(f"{out}: holds a run on other captions; choose another --out_dir")
+        raise InputError(f"{out}: holds a run on other captions; {instead}")
     return found
 
 

@@ -89,12 +89,17 @@ def loaded_once():
 
 
 def run(script, *flags, cwd, ranks=0, threads=1, **kw):
-    """Run a command as a user would, in `ranks` processes: (exit code, all it printed)."""
+    """Run a command as a user would, in `ranks` processes: (exit code, all it printed).
+
+    script: a file's name, or a module's, which is looked for here.
+    """
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(ROOT / script), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    command += map(str, flags)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
+           "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=900, **kw)
     return done.returncode, done.stdout

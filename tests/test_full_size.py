@@ -36,6 +36,10 @@ def one_step_and_one_clip(teacher, captions, cwd):
                  "--batch_size", 1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu",
                  cwd=cwd)
     assert parameters(cwd / "out/student", "") == parameters(teacher)
+    run_measured("extras.decoder", "--clips", 1, "--batch_size", 1, "--max_steps", 1, "--device",
+                 "cpu", cwd=cwd)
+    run_measured("sample.py", "--decoder", "fast", "--prompt", "a dog", "--overwrite", "--device",
+                 "cpu", cwd=cwd)
     for objective in (["energy"], ["arc", "--d_frozen", 1]):
         out = cwd / objective[0]
         shutil.rmtree(cwd / "out", ignore_errors=True)          # 17 GB

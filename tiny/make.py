@@ -48,6 +48,10 @@ SETTINGS = {
         "lora_weighting": "v", "lora_rank": 16, "lora_alpha": 16.0, "lora_targets": "all",
         "tv": "none", "save_every": 100,
     },
+    "decoder": {                # of extras/decoder.py: a quarter of the VAE decoder's arithmetic
+        "out_channels": 1, "decoder_block_out_channels": (16,) * 4,
+        "num_decoder_blocks": (8, 6, 2, 0),
+    },
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",

@@ -177,6 +177,14 @@ def measure(pipe, systems, rows, seed=0):
             for name, latents in systems.items()}
 
 
+def measure_decoder(pipe, latents, folder, rows, seed=0):
+    """Score a student with its small decoder: (row, mean log-mel error to the VAE's, in nepers)."""
+    fast = Pipeline("tiny", decoder=folder)
+    exact, mels = (generate(p, latents, rows, name, seed)
+                   for p, name in ((pipe, "VAE"), (fast, "small decoder")))
+    return scored(rows, features(load_classifier(), mels)), (mels - exact).abs().mean().item()
+
+
 def floor(rows, seed=0):
     """The scores of the same captions rendered again, the best that a system can be."""
     return {FLOOR_ROW: scored(rows, features(load_classifier(), real(rows, FLOOR + seed)))}
@@ -328,6 +336,11 @@ def report(pipe, args):
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and not missing:
         print(ratios(table, args.steps))
+    if (folder / "decoder").is_dir():
+        row, error = measure_decoder(pipe, latents, folder / "decoder", rows, args.seed)
+        table["the same, small decoder"] = row
+        print(show({"the same, small decoder": row}, len(rows)).splitlines()[1])
+        print(f"its log-mels are {error:.3f} nepers from the VAE's")
     if missing:
         print(f"The other rows are shipped for N = {shipped['N']}; --all measures them here.")
     out = folder.parent

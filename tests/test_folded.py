@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from extras.audio import log_mel
 from extras.cli import InputError
-from extras.decoders import fold_upsampling, load_vocoder
+from extras.folded import fold_upsampling, load_vocoder
 from model import Pipeline
 from tiny.vocoder import GriffinLim
 

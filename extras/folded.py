@@ -1,4 +1,4 @@
-"""From latents to sound, as published but faster to run: the VAE's decoder and HiFi-GAN."""
+"""From latents to sound, as published but faster to run: weights that fold into others."""
 import pickle
 import re
 
@@ -12,21 +12,33 @@ from tiny.vocoder import GriffinLim
 
 
 @torch.no_grad()
-def fold_upsampling(decoder):
-    """Replace each "repeat every pixel, then convolve 3 x 3" of a VAE decoder, in place.
+def folded(conv):
+    """Return one layer for "repeat every pixel, then convolve 3 x 3".
 
-    One transposed convolution equals it: taps that fall on the same pixel add up, so that 16 do
-    for 36.
+    A transposed convolution equals it: taps that fall on the same pixel add up, so that 16 do for
+    36.
     """
-    for block in decoder.up_blocks:
-        for i, layer in enumerate(block.upsamplers or []):
-            w = layer.conv.weight                                           # (out, in, 3, 3)
-            for dim in (2, 3):
-                a, b, c = w.unbind(dim)
-                w = torch.stack([c, b + c, a + b, a], dim)                  # (out, in, 4, 4)
-            up = block.upsamplers[i] = nn.ConvTranspose2d(w.shape[1], w.shape[0], 4, 2, 1)
-            up.weight.copy_(w.transpose(0, 1))
-            up.bias.copy_(layer.conv.bias)
+    w = conv.weight                                                         # (out, in, 3, 3)
+    for dim in (2, 3):
+        a, b, c = w.unbind(dim)
+        w = torch.stack([c, b + c, a + b, a], dim)                          # (out, in, 4, 4)
+    bias = conv.bias is not None
+    up = nn.ConvTranspose2d(w.shape[1], w.shape[0], 4, 2, 1, bias=bias)
+    up.weight.copy_(w.transpose(0, 1))
+    if bias:
+        up.bias.copy_(conv.bias)
+    return up
+
+
+def fold_upsampling(decoder):
+    """Fold each upsampling of a decoder, in place: of an AutoencoderKL or an AutoencoderTiny."""
+    for block in getattr(decoder, "up_blocks", []):
+        if block.upsamplers:
+            block.upsamplers[0] = folded(block.upsamplers[0].conv)
+    layers = getattr(decoder, "layers", [])
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.Upsample):
+            layers[i], layers[i + 1] = nn.Identity(), folded(layers[i + 1])
 
 
 def load_vocoder(path):

@@ -1,0 +1,219 @@
+"""The small decoder: distilled, resumed, read by plain diffusers, used in the VAE's place."""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import refused, write_checkpoint
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+from test_sample import train_student
+
+import eval
+import sample
+from extras import decoder
+from extras.cli import InputError
+from extras.folded import fold_upsampling
+from extras.hub import TINY
+from model import LOG_MAX, LOG_MIN, Pipeline, image_to_mel
+
+SMALL = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1, 1, 1, 0],
+         "out_channels": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(captions, tmp_path_factory):
+    """A student of a teacher whose settings have a small decoder."""
+    teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
+    (teacher / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
+    return train_student(teacher, captions, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def student(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "student")
+
+
+def distil(student, *flags):
+    decoder.main([str(f) for f in ("--student", student, "--clips", 8, "--batch_size", 2,
+                                   "--device", "cpu", *flags)])
+    return load_file(student / "decoder/diffusion_pytorch_model.safetensors")
+
+
+def test_2n_steps_are_n_a_resume_and_n(trained, student, tmp_path, monkeypatch):
+    other = shutil.copytree(trained, tmp_path / "other")
+    whole = distil(other, "--max_steps", 6, "--save_every", 2)
+
+    save_file_of = decoder.save_file
+    calls = []
+
+    def dies_at_the_third(*args):           # after checkpoint.pt of step 6, before the weights
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save_file_of(*args)
+
+    monkeypatch.setattr(decoder, "save_file", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        distil(student, "--max_steps", 6, "--save_every", 2)
+    monkeypatch.undo()
+    assert not (student / "decoder/config.json.tmp").exists()
+    resumed = distil(student, "--max_steps", 6, "--save_every", 3)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole) and whole.keys() == resumed.keys()
+    steps = [[json.loads(line)["step"] for line in (s / "decoder/metrics.jsonl").open()]
+             for s in (other, student)]
+    assert steps == [[2, 4, 6], [2, 4, 6]]
+    again = distil(student, "--max_steps", 6)               # finished: nothing changes
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_it_learns_the_vae_s_picture(tmp_path):
+    """Of the tiny world, whose UNet is a student of itself: a complete model in one folder."""
+    student = shutil.copytree(TINY, tmp_path / "student")
+    distil(student, "--captions", TINY.parent / "heldout.csv", "--clips", 16, "--batch_size", 4,
+           "--max_steps", 80)
+    mels = []
+    for which in ("vae", "fast"):
+        args = sample.parse_args(["--student", str(student), "--prompt", "a", "--decoder", which,
+                                  "--precision", "fp32", "--device", "cpu"])
+        pipe, latents, _ = sample.open_system(args)
+        z_T = sample.draw_noise(pipe, range(4), 7)
+        with torch.no_grad():
+            text = pipe.encode_text(["rain falls", "a dog barks", "a bell rings", "wind blows"])
+            mels.append(pipe.decode(latents(z_T, text)))
+    spread = (mels[0] - mels[0].median()).abs().mean()
+    assert (mels[1] - mels[0]).abs().mean() < 0.6 * spread
+    assert not (student / "decoder/README.md").exists()
+
+
+def test_plain_diffusers_reads_the_folder(student):
+    distil(student, "--max_steps", 2)
+    network = AutoencoderTiny.from_pretrained(student / "decoder")
+    pipe = Pipeline(json.loads((student / "swiftaudio.json").read_text())["teacher"],
+                    decoder=student / "decoder")
+    x0 = torch.randn(2, *pipe.latent_shape)
+    with torch.no_grad():
+        image = network.decode(x0).sample
+    assert image.shape == (2, 1, 64, 64)
+    assert torch.allclose(image_to_mel(image), pipe.decode(x0), atol=1e-4)
+    assert [k for k in SMALL if network.config[k] != SMALL[k]] == []
+
+
+def test_folded_upsampling_of_a_small_decoder():
+    torch.manual_seed(0)
+    network = decoder.new_decoder({"decoder": SMALL}).eval()
+    z = torch.randn(2, 4, 3, 5)
+    with torch.no_grad():
+        expected = network.decode(z).sample
+        fold_upsampling(network.decoder)
+        found = network.decode(z).sample
+    assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in network.modules()) == 3
+    assert torch.allclose(expected, found, atol=1e-5 * expected.abs().max())
+
+
+def test_its_size_is_taesd_s_without_settings():
+    config = decoder.new_decoder({}).config
+    assert config.decoder_block_out_channels == (64,) * 4
+    assert config.num_decoder_blocks == (3, 3, 3, 1) and config.out_channels == 3
+
+
+def test_the_loss_by_hand():
+    """Two flat pictures: their L1, and the difference of two log energies."""
+    a, b = torch.full((1, 3, 4, 8), 0.5), torch.full((1, 1, 4, 8), 0.7)
+    energies = [math.log(math.exp((v / 2 + 0.5) * (LOG_MAX - LOG_MIN) + LOG_MIN) + 0.01)
+                for v in (0.5, 0.7)]
+    expected = 0.2 + 0.1 * (energies[1] - energies[0])
+    assert decoder.decoder_loss(a, b).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sample_uses_it_and_says_so(student, tmp_path, monkeypatch):
+    distil(student, "--max_steps", 2)
+    for which in ("vae", "fast"):
+        sample.main(["--student", str(student), "--prompt", "a dog", "--out",
+                     str(tmp_path / which), "--decoder", which, "--device", "cpu"])
+    rows = [json.loads((tmp_path / which / "manifest.json").read_text())[0]
+            for which in ("vae", "fast")]
+    assert "decoder" not in rows[0] and rows[1]["decoder"] == str(student / "decoder")
+    wavs = [(tmp_path / which / "a-dog_seed0_0.wav").read_bytes() for which in ("vae", "fast")]
+    assert wavs[0] != wavs[1] and len(wavs[0]) == len(wavs[1])
+    assert "- Small decoder: `--decoder fast`" in (student / "README.md").read_text()
+
+
+def test_eval_takes_it_for_another_system(student, tmp_path):
+    distil(student, "--max_steps", 2)
+    prompts, made = {"1.wav": "a dog"}, {}
+    for which, out in (("vae", "a"), ("fast", "b")):
+        args = eval.parse_args(["audiocaps", "--captions", "list.csv", "--reference", ".", "--out",
+                                out, "--student", str(student), "--decoder", which,
+                                "--device", "cpu"])
+        opened = sample.open_system(args)
+        made[which] = eval.generate(prompts, tmp_path / out, args, opened)
+    assert made["vae"]["sha256"] != made["fast"]["sha256"] and "decoder" in made["fast"]
+    with pytest.raises(InputError, match="another system"):
+        eval.generate(prompts, tmp_path / "a", args, opened)
+
+
+def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
+    says = lambda *flags, says: refused("sample.py", "--student", student, "--prompt", "a",
+                                        "--decoder", "fast", *flags, cwd=tmp_path, says=says)
+    says(says=[f"{student}/decoder: not there", f"python -m extras.decoder --student {student}"])
+    says("--teacher", "tiny", "--teacher_steps", 2, says=["--decoder fast", "--teacher_steps"])
+
+    def stops(*flags, says):
+        with pytest.raises(InputError) as stopped:
+            distil(student, *flags)
+        for word in says:
+            assert word in str(stopped.value) and "\n" not in str(stopped.value)
+
+    stops("--clips", 1, says=["--clips 1", "--batch_size 2"])
+    stops("--captions", "no.csv", says=["no.csv", "no such file"])
+    stops("--student", "some/model", says=["some/model"])
+    wide = AutoencoderTiny(latent_channels=8, num_encoder_blocks=(0,) * 4)
+    wide.save_pretrained(tmp_path / "wide")
+    stops("--init", tmp_path / "wide", says=[f"--init {tmp_path / 'wide'}", "does not fit"])
+    assert not (student / "decoder").exists()               # nothing was written until here
+
+    distil(student, "--max_steps", 2)
+    before = (student / "decoder/checkpoint.pt").read_bytes()
+    stops("--max_steps", 2, "--seed", 1, says=["--seed", "remove"])
+    stops("--captions", tmp_path / "wide/config.json", says=["config.json"])
+    assert (student / "decoder/checkpoint.pt").read_bytes() == before
+    about = json.loads((student / "swiftaudio.json").read_text())
+    del about["flags"]
+    (student / "swiftaudio.json").write_text(json.dumps(about))
+    stops("--max_steps", 2, says=["--captions"])
+    (student / "decoder/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    says(says=[f"{student}/decoder: cannot be loaded"])
+
+
+def test_it_starts_from_another_decoder(student, tmp_path):
+    network = AutoencoderTiny(num_encoder_blocks=(0,) * 4, encoder_block_out_channels=(4,) * 4,
+                              decoder_block_out_channels=(6,) * 4, num_decoder_blocks=(1,) * 4)
+    network.save_pretrained(tmp_path / "init")
+    found = distil(student, "--init", tmp_path / "init", "--max_steps", 1, "--lr", 0)
+    assert all(torch.equal(found[k], w) for k, w in network.state_dict().items())
+
+
+def test_a_step_that_is_not_finite_keeps_the_last_decoder(student):
+    before = distil(student, "--max_steps", 2, "--save_every", 1)
+    path = student / "decoder/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["decoder"]["layers.0.weight"].fill_(math.nan)
+    state["step"] = 1
+    torch.save(state, path)
+    with pytest.raises(InputError, match="step 1: the loss or a gradient is not finite"):
+        distil(student, "--max_steps", 2, "--save_every", 1)
+    after = load_file(student / "decoder/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_hub_s_files_are_read_too():
+    """A decoder travels with a published student, its checkpoint does not."""
+    from extras import hub
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub.huggingface_hub, "snapshot_download",
+                      lambda name, **kw: asked.update(kw) or ".")
+        hub.find("user/model")
+    assert {"decoder/*.json", "decoder/*.safetensors"} <= set(asked["allow_patterns"])
