@@ -184,7 +184,7 @@ def bench_sample(folder, device, batch, runs, compiled):
     warm_up = 3 if compiled else 1
     b, fast = time_stages(stages(pipe, unet, prompts), timed, warm_up)
     pipe.decoder = small = new_decoder(pipe.settings).requires_grad_(False)
-    small_tflop, _ = flops(lambda: small.decode(exact[UNET].cpu()))
+    small_tflop = batch * flops(lambda: small.decode(exact[UNET][:1].cpu()))[0]
     fold_upsampling(small.decoder)
     small.to(device, half, memory_format=torch.channels_last)
     if compiled:

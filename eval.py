@@ -220,7 +220,8 @@ def generate(prompts, out, args, opened):
     unet = pipe.folder / "unet" if args.teacher_steps else Path(system["folder"])
     folders = {unet, Path(system.get("decoder", unet)), *(pipe.folder / part for part in parts)}
     files = [p for folder in folders
-             for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".json")]
+             for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".json")
+             and p.name != "checkpoint.pt"]
     system = {**system, "seed": args.seed, "sha256": sha256(*sorted(files))}
     path = out / "manifest.json"
     manifest = read_json(path) if path.exists() else {"system": system, "clips": {}}

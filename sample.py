@@ -97,9 +97,9 @@ def open_system(args, seconds=None):
         folder, part, about = open_student(args.student)
     if args.decoder == "fast":
         if args.teacher_steps:
-            raise InputError("--decoder fast is a student's; it does not go with --teacher_steps")
+            raise InputError("--decoder fast needs a student; it does not go with --teacher_steps")
         decoder = folder / "decoder"
-        if not decoder.is_dir():
+        if not (decoder / "config.json").exists():
             raise InputError(f"{decoder}: not there; make it: python -m extras.decoder --student "
                              f"{args.student}")
     skip = [] if args.teacher_steps else ["unet/diffusion*"]    # a student needs no other UNet

@@ -52,10 +52,10 @@ def number(kind, low=0, high=math.inf):
 
 
 def run(main):
-    """Run a command's main(), saying in one line what the file system refuses.
+    """Run a command's main(), reporting in one line what the file system refuses.
 
-    What torchrun started is ended here, where main()'s networks are gone: DistributedDataParallel
-    deadlocks if it is the last to hold its process group (LOG.md, 2026-11-21).
+    torchrun's process group is destroyed here, once main() has freed its networks: a
+    DistributedDataParallel that is the last to hold the group can deadlock (LOG.md, 2026-11-21).
     """
     try:
         main()

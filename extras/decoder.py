@@ -1,7 +1,7 @@
 """Distil a small decoder that takes the VAE's place in sample.py and eval.py: --decoder fast.
 
-    python -m extras.decoder --student out/student                  # captions are its own
-    python -m extras.decoder --student out/student --init madebyollin/taesd     # from another one
+    python -m extras.decoder --student out/student          # on the student's own captions
+    python -m extras.decoder --student out/student --init madebyollin/taesd     # not from scratch
 
 Captions are enough here too: the student makes latents, the teacher's VAE decodes them, and a
 diffusers AutoencoderTiny learns to make the same picture. The same command again resumes, bit for
@@ -37,11 +37,12 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--student", default="out/student", help="folder of train.py; decoder/ is written to it")
     add("--captions", help="csv, tsv, txt, json or jsonl file; default: the student's")
-    add("--init", help="start from an AutoencoderTiny: folder or hub name (untested there)")
-    add("--clips", type=count, default=3072, help="how many to learn from, made at the start")
-    add("--max_steps", type=count, default=4000, help="optimizer steps")
-    add("--batch_size", type=count, default=16, help="clips in a step")
-    add("--lr", type=number(float), default=5e-3, help="rate, falling to zero at --max_steps")
+    add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
+    add("--clips", type=count, default=3072, help="training clips, made at the start")
+    # in equal time, 4 clips a step beat 16 (LOG.md, 2026-11-21)
+    add("--max_steps", type=count, default=24000, help="optimizer steps")
+    add("--batch_size", type=count, default=4, help="clips in a step")
+    add("--lr", type=number(float), default=4e-3, help="rate, falling to zero at --max_steps")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--seed", type=number(int), default=0, help="of all that is drawn at random")
     add("--device", help="cuda, mps or cpu; default: the first there is")
@@ -51,10 +52,14 @@ def parse_args(argv=None):
 def new_decoder(settings):
     """An untrained AutoencoderTiny, of TAESD's size unless the teacher's settings have another.
 
-    Its encoder is of no use here and as small as can be.
+    Its encoder is unused, so as small as possible.
     """
-    return AutoencoderTiny(encoder_block_out_channels=(4,) * 4, num_encoder_blocks=(0,) * 4,
-                           **settings.get("decoder", {}))
+    own = settings.get("decoder", {})
+    try:
+        return AutoencoderTiny(encoder_block_out_channels=(4,) * 4, num_encoder_blocks=(0,) * 4,
+                               **own)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"swiftaudio.json of the teacher: its decoder {own} is none ({e})")
 
 
 def energy(image):
@@ -65,7 +70,7 @@ def energy(image):
 def decoder_loss(image, target):
     """L1 of the pictures (B, channels, mels, frames), and of their blocks' log energy: a number.
 
-    L1 alone makes noise too quiet, since its mean has less energy than the noise.
+    L1 alone makes noise too quiet: its optimum is the median, which has less energy than noise.
     """
     of_blocks = F.l1_loss(energy(image), energy(target))
     return F.l1_loss(image, target.expand_as(image)) + ENERGY * of_blocks
@@ -75,10 +80,10 @@ def decoder_loss(image, target):
 def make_pairs(args, pipe, eps, captions, about):
     """Latents of the student (--clips, C, h, w) and the VAE's pictures of them, both in fp16.
 
-    Of a picture (--clips, 1, mels, frames) only the channel that is heard.
+    Of each picture (--clips, 1, mels, frames) only the channel that is heard is kept.
     """
-    pairs = []
-    for i in tqdm(range(0, args.clips, args.batch_size), desc="the student's clips"):
+    pairs, bar = [], tqdm(total=args.clips, desc="the student's clips")
+    for i in range(0, args.clips, args.batch_size):
         numbers = range(i, min(i + args.batch_size, args.clips))
         z_T = draw_batch(numbers, args.seed, pipe.latent_shape, 0, 1, pipe.T)[0].to(pipe.device)
         text = pipe.encode_text([caption_at(captions, args.seed, n) for n in numbers])
@@ -88,28 +93,33 @@ def make_pairs(args, pipe, eps, captions, about):
         images = [pipe.vae.decode(z[None].float() / pipe.vae.config.scaling_factor).sample[:, :1]
                   for z in x0]
         pairs.append((x0.cpu(), torch.cat(images).half().cpu()))
+        bar.update(len(numbers))
+    bar.close()
     return [torch.cat(column) for column in zip(*pairs)]
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
-    folder, part, about = open_student(args.student)
-    if folder != Path(args.student):
+    if not Path(args.student).is_dir() and args.student != "out/student":
         raise InputError(f"--student {args.student}: must be a folder here, as decoder/ is written "
-                         "to it; download it first")
-    flags = {} if args.captions else about.get("flags", {})
-    args.captions = args.captions or flags.get("captions")
+                         "to it")
+    folder, part, about = open_student(args.student)
+    flags = {"captions": args.captions} if args.captions else about.get("flags", {})
+    args.captions = flags.get("captions")
     if args.captions is None:
-        raise InputError("--captions FILE is needed: this student does not say what its own were")
+        raise InputError("--captions FILE is needed: this student does not record its own")
     if args.clips < args.batch_size:
         raise InputError(f"--clips {args.clips}: fewer than a batch, --batch_size "
                          f"{args.batch_size}")
     captions, _ = read_captions(args.captions, flags.get("caption_column"),
                                 flags.get("max_captions"))
-    out, config = folder / "decoder", {**vars(args), "decay": True, "step": about.get("step")}
+    out, config = folder / "decoder", {**vars(args), "decay": True}
+    config["student"] = about.get("step")               # whatever its folder is called
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     found = read_checkpoint(out / "checkpoint.pt", config, digest, f"remove {out}")
+    if (out / "config.json").exists() and not found:
+        raise InputError(f"{out}: holds a decoder but no checkpoint to resume from; remove {out}")
     first_step = found["step"] if found else 0
 
     pipe = Pipeline(about["teacher"], about.get("seconds")).to(device)
@@ -119,16 +129,17 @@ def main(argv=None):
         network = load_part(find(args.init), "", pretrained(AutoencoderTiny))
     else:
         network = new_decoder(pipe.settings)
-    shape = network.config
-    stride = shape.upsampling_scaling_factor ** (len(shape.decoder_block_out_channels) - 1)
-    if (shape.latent_channels, stride) != (pipe.latent_shape[0],
-                                           pipe.num_mels // pipe.latent_shape[1]):
-        raise InputError(f"--init {args.init}: does not fit the VAE of {pipe.folder}")
+    theirs, ours = pipe.vae.config, network.config
+    if (len(ours.decoder_block_out_channels), ours.latent_channels) != (
+            len(theirs.block_out_channels), theirs.latent_channels):
+        raise InputError(f"{args.init or pipe.folder}: its small decoder does not fit the VAE of "
+                         f"{pipe.folder} (levels, or channels of the latents)")
     decoder = network.to(device, memory_format=torch.channels_last).decoder
     optimizer = torch.optim.Adam(decoder.parameters(), args.lr, betas=(0.9, 0.99))
     if found:
         decoder.load_state_dict(found["decoder"])
         optimizer.load_state_dict(found["optimizer"])
+
     def save(step):
         """Write the checkpoint and the decoder; each file is replaced whole."""
         replace_file(out / "checkpoint.pt", lambda path: torch.save({

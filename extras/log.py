@@ -1,4 +1,4 @@
-"""Running means of a training run, a line an interval; a run whose gradients break is ended."""
+"""Running means of a training run, a line per interval; the end of one that is not finite."""
 import json
 import math
 import time
@@ -11,7 +11,7 @@ from extras.cli import InputError, replace_text
 
 
 class Log:
-    """Mean values a line: metrics.jsonl, and TensorBoard if it is installed.
+    """Mean values, a line per interval: metrics.jsonl, and TensorBoard if it is installed.
 
     To log a value, add() it in the loop. Sums stay on the device, as reading one each step would
     stall a GPU. Lines after first_step, of an earlier part of the run, are dropped. remedy: what
@@ -54,7 +54,7 @@ class Log:
     def write(self, step, step_size):
         """Write the means since the last line, over all processes, and return them.
 
-        InputError if a gradient since then was not finite: save only what was written about.
+        InputError if a gradient since then was not finite, so call this before saving.
         """
         if math.isfinite(self.bad_step):
             raise InputError(f"step {int(self.bad_step)}: the loss or a gradient is not finite; "

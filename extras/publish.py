@@ -29,7 +29,8 @@ def write_card(folder, metrics=None):
     card = path.read_text() if path.exists() else ""
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
-    small = "- Small decoder: `--decoder fast`\n" if Path(folder, "decoder").is_dir() else ""
+    small = "- Small decoder: `--decoder fast`\n"
+    small = small if Path(folder, "decoder/config.json").exists() else ""
     teacher = about["teacher"]
     name = Path(teacher).name if Path(teacher).is_absolute() else teacher
     auffusion = re.search("auffusion|swiftaudio", name.lower())

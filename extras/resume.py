@@ -1,4 +1,4 @@
-"""Find the checkpoint that the same command goes on from; refuse another run's."""
+"""Find the checkpoint that the same command continues from; refuse another run's."""
 import torch
 from safetensors.torch import load_file
 
@@ -17,7 +17,7 @@ MAY_CHANGE = {
 def read_checkpoint(path, config, digest, instead="choose another --out_dir"):
     """Load this run's checkpoint, or None. InputError, naming the flag, for another run's.
 
-    instead: what to do then.
+    instead: the advice that ends the error.
     """
     out = path.parent
     if not path.exists():

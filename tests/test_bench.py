@@ -105,6 +105,13 @@ def test_the_table_of_sampling(plain, known_times, capsys):
                                             rel=0.02)
     assert float(whole[6][:-1]) == pytest.approx(100 * best / 11, rel=0.02, abs=0.6)
     assert whole[-1] == "0.45x"
+    # the path once more with the small decoder takes 12 to 16 s
+    small, path = rows["small decoder"], rows["waveform, small decoder"]
+    assert (small[4], small[-1]) == ("14000.0", f"{3 / 14:.2f}x")
+    assert (path[4], path[-1]) == ("16000.0", f"{5 / 16:.2f}x")
+    saved = float(whole[0]) - float(path[0])
+    assert saved == pytest.approx(float(rows["VAE decoder"][0]) - float(small[0]), rel=0.05)
+    assert f"{16 / (2 * 0.64):.3f} with the small decoder" in said
     audio, passes = 2 * 0.64, (200 * 8 + 9 + 10, 200 * 2 + 3 + 4)
     assert f"{5 / audio:.3f} plain, {11 / audio:.3f} ours" in said and "batch 2 of 0.64 s" in said
     assert f"{passes[0] / 11:.0f} x our time, in plain fp32 {passes[1] / 11:.0f} x" in said

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from extras.cli import InputError
 from extras.folded import fold_upsampling
 from extras.hub import TINY
 from model import LOG_MAX, LOG_MIN, Pipeline, image_to_mel
+from tiny import score
 
 SMALL = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1, 1, 1, 0],
          "out_channels": 1}
@@ -48,23 +50,23 @@ def test_2n_steps_are_n_a_resume_and_n(trained, student, tmp_path, monkeypatch):
     save_file_of = decoder.save_file
     calls = []
 
-    def dies_at_the_third(*args):           # after checkpoint.pt of step 6, before the weights
+    def dies_at_the_second(*args):          # after checkpoint.pt of step 4, before the weights
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         save_file_of(*args)
 
-    monkeypatch.setattr(decoder, "save_file", dies_at_the_third)
+    monkeypatch.setattr(decoder, "save_file", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         distil(student, "--max_steps", 6, "--save_every", 2)
     monkeypatch.undo()
-    assert not (student / "decoder/config.json.tmp").exists()
     resumed = distil(student, "--max_steps", 6, "--save_every", 3)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole) and whole.keys() == resumed.keys()
     steps = [[json.loads(line)["step"] for line in (s / "decoder/metrics.jsonl").open()]
              for s in (other, student)]
     assert steps == [[2, 4, 6], [2, 4, 6]]
-    again = distil(student, "--max_steps", 6)               # finished: nothing changes
+    (student / "decoder/diffusion_pytorch_model.safetensors").unlink()
+    again = distil(student, "--max_steps", 6)               # finished: written again
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
@@ -85,6 +87,21 @@ def test_it_learns_the_vae_s_picture(tmp_path):
     spread = (mels[0] - mels[0].median()).abs().mean()
     assert (mels[1] - mels[0]).abs().mean() < 0.6 * spread
     assert not (student / "decoder/README.md").exists()
+
+
+def test_the_tiny_world_scores_it_beside_the_vae(tmp_path, capsys):
+    student = shutil.copytree(TINY / "unet", tmp_path / "out/student")
+    (student / "swiftaudio.json").write_text(json.dumps(
+        {"teacher": "tiny", "parameterization": "eps", "step": 0}))
+    distil(student, "--captions", TINY.parent / "heldout.csv", "--clips", 4, "--max_steps", 2)
+    score.main([str(student), "--clips", "4"])
+    found = json.loads((tmp_path / "out/scores.json").read_text())
+    row = found["small decoder"]
+    assert row["FD"] > found["systems"]["student after 0 steps"]["FD"] > 0
+    assert 1 < row["log-mel error"] < 10                    # after two steps
+    said = capsys.readouterr().out
+    assert f"student, small decoder            {row['FD']:6.1f}" in said
+    assert f"differ from the VAE's by {row['log-mel error']:.3f} nepers" in said
 
 
 def test_plain_diffusers_reads_the_folder(student):
@@ -119,12 +136,17 @@ def test_its_size_is_taesd_s_without_settings():
 
 
 def test_the_loss_by_hand():
-    """Two flat pictures: their L1, and the difference of two log energies."""
-    a, b = torch.full((1, 3, 4, 8), 0.5), torch.full((1, 1, 4, 8), 0.7)
-    energies = [math.log(math.exp((v / 2 + 0.5) * (LOG_MAX - LOG_MIN) + LOG_MIN) + 0.01)
-                for v in (0.5, 0.7)]
-    expected = 0.2 + 0.1 * (energies[1] - energies[0])
-    assert decoder.decoder_loss(a, b).item() == pytest.approx(expected, rel=1e-5)
+    """A flat picture, and one that is louder in every second frame: blocks hold two of each."""
+    a, b = torch.full((1, 3, 4, 8), 0.5), torch.full((1, 1, 4, 8), 0.5)
+    b[..., ::2] = 0.7
+    quiet, loud = (math.exp((v / 2 + 0.5) * (LOG_MAX - LOG_MIN) + LOG_MIN) for v in (0.5, 0.7))
+    energies = math.log((quiet + loud) / 2 + 0.01) - math.log(quiet + 0.01)
+    assert decoder.decoder_loss(a, b).item() == pytest.approx(0.1 + 0.1 * energies, rel=1e-5)
+    b[..., :, :] = 0.5
+    b[..., :2, :4] = 0.7                    # one block of four: 2 mels x 4 frames
+    energies = math.log(loud + 0.01) - math.log(quiet + 0.01)
+    found = decoder.decoder_loss(a, b).item()
+    assert found == pytest.approx(0.2 / 4 + 0.1 * energies / 4, rel=1e-5)
 
 
 def test_sample_uses_it_and_says_so(student, tmp_path, monkeypatch):
@@ -168,16 +190,17 @@ def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
 
     stops("--clips", 1, says=["--clips 1", "--batch_size 2"])
     stops("--captions", "no.csv", says=["no.csv", "no such file"])
-    stops("--student", "some/model", says=["some/model"])
+    stops("--student", "some/model", says=["some/model", "must be a folder here"])
     wide = AutoencoderTiny(latent_channels=8, num_encoder_blocks=(0,) * 4)
     wide.save_pretrained(tmp_path / "wide")
-    stops("--init", tmp_path / "wide", says=[f"--init {tmp_path / 'wide'}", "does not fit"])
+    stops("--init", tmp_path / "wide", says=[str(tmp_path / "wide"), "does not fit"])
     assert not (student / "decoder").exists()               # nothing was written until here
 
     distil(student, "--max_steps", 2)
     before = (student / "decoder/checkpoint.pt").read_bytes()
     stops("--max_steps", 2, "--seed", 1, says=["--seed", "remove"])
-    stops("--captions", tmp_path / "wide/config.json", says=["config.json"])
+    (tmp_path / "others.txt").write_text("a cat\nthe rain\n")
+    stops("--max_steps", 2, "--captions", tmp_path / "others.txt", says=["other captions"])
     assert (student / "decoder/checkpoint.pt").read_bytes() == before
     about = json.loads((student / "swiftaudio.json").read_text())
     del about["flags"]
@@ -185,6 +208,21 @@ def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
     stops("--max_steps", 2, says=["--captions"])
     (student / "decoder/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     says(says=[f"{student}/decoder: cannot be loaded"])
+
+
+def test_a_decoder_without_its_checkpoint_is_kept(student):
+    """Such as one that came with a published student."""
+    distil(student, "--max_steps", 2)
+    (student / "decoder/checkpoint.pt").unlink()
+    before = (student / "decoder/diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds a decoder but no checkpoint"):
+        distil(student, "--max_steps", 2)
+    assert (student / "decoder/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_settings_that_are_no_decoder_are_one_line():
+    with pytest.raises(InputError, match="'width'"):
+        decoder.new_decoder({"decoder": {"width": 8}})
 
 
 def test_it_starts_from_another_decoder(student, tmp_path):
@@ -216,4 +254,6 @@ def test_the_hub_s_files_are_read_too():
         patch.setattr(hub.huggingface_hub, "snapshot_download",
                       lambda name, **kw: asked.update(kw) or ".")
         hub.find("user/model")
-    assert {"decoder/*.json", "decoder/*.safetensors"} <= set(asked["allow_patterns"])
+    sent = lambda file: any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+    assert sent("decoder/config.json") and sent("decoder/diffusion_pytorch_model.safetensors")
+    assert not sent("decoder/checkpoint.pt")

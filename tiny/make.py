@@ -49,8 +49,8 @@ SETTINGS = {
         "tv": "none", "save_every": 100,
     },
     "decoder": {                # of extras/decoder.py: a quarter of the VAE decoder's arithmetic
-        "out_channels": 1, "decoder_block_out_channels": (16,) * 4,
-        "num_decoder_blocks": (8, 6, 2, 0),
+        "out_channels": 1, "decoder_block_out_channels": [16] * 4,
+        "num_decoder_blocks": [8, 6, 2, 0],
     },
 }
 MODEL_INDEX = {

@@ -336,15 +336,15 @@ def report(pipe, args):
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and not missing:
         print(ratios(table, args.steps))
-    if (folder / "decoder").is_dir():
+    found = {"clips": len(rows), "second list": args.second, "seed": args.seed, "systems": table}
+    if (folder / "decoder/config.json").exists():
         row, error = measure_decoder(pipe, latents, folder / "decoder", rows, args.seed)
-        table["the same, small decoder"] = row
-        print(show({"the same, small decoder": row}, len(rows)).splitlines()[1])
-        print(f"its log-mels are {error:.3f} nepers from the VAE's")
+        found["small decoder"] = {**row, "log-mel error": error}
+        print(show({"student, small decoder": row}, len(rows)).splitlines()[1])
+        print(f"the small decoder's log-mels differ from the VAE's by {error:.3f} nepers")
     if missing:
         print(f"The other rows are shipped for N = {shipped['N']}; --all measures them here.")
     out = folder.parent
-    found = {"clips": len(rows), "second list": args.second, "seed": args.seed, "systems": table}
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
     metrics = [name + " " + ", ".join(map(" ".join, zip(DIGITS, cells(row))))
