@@ -27,6 +27,7 @@ from extras.publish import write_card
 from extras.resume import read_checkpoint
 from losses import one_step
 from model import Pipeline, denoiser, image_to_mel, load_part, load_unet, pretrained
+from tiny.score import blocks
 
 ENERGY = 0.1            # weight of the blocks' log energy, as for the tiny VAE (LOG.md, 2026-11-20)
 WARMUP = 50             # steps
@@ -63,17 +64,17 @@ def new_decoder(settings):
 
 
 def energy(image):
-    """Log energy of an image's mel spectrogram in blocks of 2 mels x 40 ms."""
-    return (F.avg_pool2d(image_to_mel(image).exp()[:, None], (2, 4)) + 0.01).log()
+    """tiny.score.blocks() of an image (B, channels, mels, frames), of which the first counts."""
+    return blocks(image_to_mel(image))
 
 
-def decoder_loss(image, target):
+def decoder_loss(image, target, weight=ENERGY):
     """L1 of the pictures (B, channels, mels, frames), and of their blocks' log energy: a number.
 
     L1 alone makes noise too quiet: its optimum is the median, which has less energy than noise.
     """
     of_blocks = F.l1_loss(energy(image), energy(target))
-    return F.l1_loss(image, target.expand_as(image)) + ENERGY * of_blocks
+    return F.l1_loss(image, target.expand_as(image)) + weight * of_blocks
 
 
 @torch.no_grad()

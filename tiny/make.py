@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from extras.audio import log_mel, mel_to_image
 from extras.cli import Parser, replace_file, run
-from model import Pipeline, image_to_mel
+from extras.decoder import decoder_loss, energy
+from model import Pipeline
 from tiny import score, world
 from tiny.score import HERE
 
@@ -96,11 +97,6 @@ def as_rgb(images):
     return images.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def energy(image):
-    """score.blocks() of an image (B, channels, 64, frames), of which the first channel counts."""
-    return score.blocks(image_to_mel(image))
-
-
 def schedule(step, steps, lr, warmup=50):
     """The rate at a step: linear warm-up, then half a cosine to zero."""
     return lr * min(1, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
@@ -154,11 +150,8 @@ def stage_vae(steps=1200, size=32):
         with BF16:
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
-        # L1 on pixels alone makes noise too quiet and too smooth: the energy of blocks has to be
-        # right as well
-        of_blocks = F.l1_loss(energy(y), energy(x))
         kl = 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        return F.l1_loss(y, x) + 0.1 * of_blocks + kl
+        return decoder_loss(y, x) + kl
 
     fit("vae", list(vae.parameters()), steps, 2e-3, loss)
     with torch.no_grad():
@@ -187,7 +180,7 @@ def stage_decoder(cycle=0, steps=800, size=16):
         z = m + s * torch.from_numpy(rng.standard_normal(m.shape)).float()
         with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.8 * steps):
             y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
-        return F.l1_loss(y, x.expand_as(y)) + 0.3 * F.l1_loss(energy(y), energy(x))
+        return decoder_loss(y, x, 0.3)
 
     params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     fit("decoder", params, steps, 1e-3, loss)
