@@ -38,6 +38,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--student", default="out/student", help="folder of train.py; decoder/ is written to it")
     add("--captions", help="csv, tsv, txt, json or jsonl file; default: the student's")
+    add("--caption_column", help="their column or key, if its name is unusual")
     add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
     add("--clips", type=count, default=3072, help="training clips, made at the start")
     # in equal time, 4 clips a step beat 16 (LOG.md, 2026-11-21)
@@ -106,15 +107,15 @@ def main(argv=None):
         raise InputError(f"--student {args.student}: must be a folder here, as decoder/ is written "
                          "to it")
     folder, part, about = open_student(args.student)
-    flags = {"captions": args.captions} if args.captions else about.get("flags", {})
+    flags = vars(args) if args.captions else about.get("flags", {})
     args.captions = flags.get("captions")
     if args.captions is None:
         raise InputError("--captions FILE is needed: this student does not record its own")
     if args.clips < args.batch_size:
         raise InputError(f"--clips {args.clips}: fewer than a batch, --batch_size "
                          f"{args.batch_size}")
-    captions, _ = read_captions(args.captions, flags.get("caption_column"),
-                                flags.get("max_captions"))
+    column = args.caption_column or flags.get("caption_column")
+    captions, _ = read_captions(args.captions, column, flags.get("max_captions"))
     out, config = folder / "decoder", {**vars(args), "decay": True}
     config["student"] = about.get("step")               # whatever its folder is called
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()

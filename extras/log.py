@@ -57,9 +57,12 @@ class Log:
         InputError if a gradient since then was not finite, so call this before saving.
         """
         if math.isfinite(self.bad_step):
+            out = self.path.parent
+            saved = (out / "checkpoint.pt").exists()
+            what_next = (f"the last checkpoint in {out} is good. Resume" if saved
+                         else "nothing was saved yet. Start again")
             raise InputError(f"step {int(self.bad_step)}: the loss or a gradient is not finite; "
-                             f"the last checkpoint in {self.path.parent} is good. Resume with "
-                             f"{self.remedy}")
+                             f"{what_next} with {self.remedy}")
         line = {"step": step}
         for name, sums in self.sums.items():
             if dist.is_initialized():

@@ -210,6 +210,14 @@ def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
     says(says=[f"{student}/decoder: cannot be loaded"])
 
 
+def test_captions_of_its_own_may_have_their_own_column(student, tmp_path):
+    path = tmp_path / "others.csv"
+    path.write_text("said\na cat\nthe rain\n")
+    with pytest.raises(InputError, match="--caption_column"):
+        distil(student, "--max_steps", 1, "--captions", path)
+    distil(student, "--max_steps", 1, "--captions", path, "--caption_column", "said")
+
+
 def test_a_decoder_without_its_checkpoint_is_kept(student):
     """Such as one that came with a published student."""
     distil(student, "--max_steps", 2)

@@ -558,13 +558,19 @@ def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(plain, captions, copie
     checkpoint["student"]["conv_out.bias"].fill_(math.nan)
     torch.save(checkpoint, out / "checkpoint.pt")
     damaged = (out / "checkpoint.pt").read_bytes()
-    with pytest.raises(InputError, match="step 1: the loss or a gradient is not finite"):
+    with pytest.raises(InputError, match="step 1: the loss or a gradient is not finite; the last"):
         go(plain, captions, out, "--max_steps", 4, "--log_every", 3)
     assert (out / "checkpoint.pt").read_bytes() == damaged and len(metrics(out)) == 1
 
     # the rates may change, to get past it
     (out / "checkpoint.pt").write_bytes((one_step_run / "checkpoint.pt").read_bytes())
     assert go(plain, captions, out, "--lr", 1e-5, "--lora_lr", 1e-4)["step"] == 2
+
+
+def test_a_non_finite_first_step_leaves_no_checkpoint(plain, captions, tmp_path):
+    with pytest.raises(InputError, match="nothing was saved yet. Start again with a smaller --lr"):
+        go(plain, captions, tmp_path, "--guidance", 1e38)
+    assert not list(tmp_path.glob("*/")) and not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_another_run_is_not_mixed_in(plain, captions, copied, one_step_run):
