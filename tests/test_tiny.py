@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, run
 from PIL import Image, ImageDraw
 
+import posttrain
 import sample
 import train
 from extras.cli import InputError
@@ -366,6 +367,15 @@ def test_a_second_ablation_reads_the_first_one_s_runs_and_refuses_another_s(
         ablate.main(["table5", "--only", "90 captions"])
     with pytest.raises(InputError, match="--seeds"):
         ablate.main(["table5", "--seeds", "0"])
+
+
+def test_the_rows_of_all_tables_have_flags_that_exist():
+    stages = {stage for rows in ablate.TABLES.values() for flags in rows.values()
+              for stage in flags.split(" | ")}
+    assert len(stages) > 40
+    for stage in stages:
+        parse = posttrain.parse_args if "--objective" in stage else train.parse_args
+        parse(["--teacher", "tiny", *stage.split()])
 
 
 def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
