@@ -154,6 +154,19 @@ def test_the_second_list_is_of_the_same_kinds_and_new():
     assert not set(captions[32:]) & {text for text, _, _ in train}
 
 
+@pytest.mark.parametrize("second", (False, True))
+def test_one_kind_of_held_out_captions_keeps_their_numbers(second):
+    whole = {n: row for n, *row in score.held_out(512, second)}
+    unseen = [set(pair) for pair in world.UNSEEN]
+    for kind, number in (("seen", 352), ("unseen", 128)):
+        rows = score.held_out(512, second, kind)
+        assert len(rows) == number and all(whole[n] == row for n, *row in rows)
+        assert {({e for e, *_ in events} in unseen, len(events)) for _, _, events, _ in rows} == {
+            (kind == "unseen", 2)}
+        assert [n for n, *_ in score.held_out(2, second, kind)] == [rows[0][0],
+                                                                    rows[number // 2][0]]
+
+
 def test_ratios_are_taken_with_and_without_the_floor():
     table = {score.FLOOR_ROW: {"FD": 10.0}, "before": {"FD": 400.0},
              "teacher, 25 steps": {"FD": 20.0, "KL": 2.0, "FD to teacher": 11.0},

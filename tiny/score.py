@@ -37,6 +37,8 @@ DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric,
 FLOOR_ROW, TEACHER_ROW, STEPS = "real audio, rendered again", "teacher, {} steps", 25
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
 REFERENCE, FLOOR, DIVERSE = 1, 2, 3
+# Places in a held-out list: training pairs the two events of a caption as well, or it never does.
+KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
 TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
 
 
@@ -88,15 +90,17 @@ def features(classifier, mels, batch=64):
 
 # ---- sounds ------------------------------------------------------------------------------------
 
-def held_out(clips, second=False):
+def held_out(clips, second=False, kind="all"):
     """So many captions of a held-out list: a list of (number, caption, events, join).
 
-    Evenly spread, so that single events, seen and unseen pairs are all there. A caption's number,
-    its place among those of both lists, is also that of its noise and of its rendering.
+    Evenly spread, so that single events, seen and unseen pairs are all there, or of one kind. A
+    caption's number, its place among those of both lists, is also that of its noise and rendering.
     """
     held = world.second_list() if second else world.captions()[1]
-    clips, first = min(clips, len(held)), len(held) if second else 0
-    return [(first + n, *held[n]) for n in (k * len(held) // clips for k in range(clips))]
+    numbers = KINDS[kind]
+    clips, first = min(clips, len(numbers)), len(held) if second else 0
+    return [(first + n, *held[n]) for n in (numbers[k * len(numbers) // clips]
+                                            for k in range(clips))]
 
 
 def real(rows, seed):
@@ -302,6 +306,8 @@ def parse_args(argv=None):
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--second", action="store_true", help="score on the second held-out list")
+    add("--kind", choices=KINDS, default="all",
+        help="captions whose two events training pairs (seen), or never does (unseen)")
     add("--steps", type=number(int, 1, 1000),
         help=f"of the teacher, with --all or --diversity; default: {STEPS}")
     what = p.add_mutually_exclusive_group()
@@ -322,7 +328,8 @@ def report(pipe, args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
     folder, about, latents = load_student(args.student, pipe)
     student = {f"student after {about['step']} steps": latents}
-    rows, shipped = held_out(args.clips, args.second), read_json(HERE / "baselines.json")
+    rows = held_out(args.clips, args.second, args.kind)
+    shipped = read_json(HERE / "baselines.json")
     table = {}
     if args.all:
         table = baselines(pipe, rows, [args.seed], args.steps)
@@ -336,7 +343,8 @@ def report(pipe, args):
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and not missing:
         print(ratios(table, args.steps))
-    found = {"clips": len(rows), "second list": args.second, "seed": args.seed, "systems": table}
+    found = {"clips": len(rows), "second list": args.second, "kind": args.kind,
+             "seed": args.seed, "systems": table}
     if (folder / "decoder/config.json").exists():
         row, error = measure_decoder(pipe, latents, folder / "decoder", rows, args.seed)
         found["small decoder"] = {**row, "log-mel error": error}
@@ -357,7 +365,7 @@ def report_diversity(pipe, args):
     """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
     _, _, latents = load_student(args.student, pipe)
     systems = {"teacher": teacher_latents(pipe, args.steps), "student": latents}
-    rows = held_out(args.clips // args.diversity, args.second)
+    rows = held_out(args.clips // args.diversity, args.second, args.kind)
     found = diversity(pipe, systems, rows, args.diversity, args.seed)
     print(f"{len(rows)} captions, {args.diversity} clips each: "
           + ", ".join(f"{name} {distance:.2f}" for name, distance in found.items())
