@@ -6,7 +6,6 @@
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
     python -m tiny.ablate levers --steps 200 --seeds 1      # what the tiny default was chosen from
     python -m tiny.ablate objectives        # VSD, ARC, energy score and regression in five minutes
-    python -m tiny.ablate long      # the best of them in 45
     python -m tiny.ablate energy            # parts of the energy score; arc: of ARC
 
 Runs are kept under --out and not made again. --steps is short by default: what is compared is the
@@ -82,13 +81,6 @@ TABLES = {
         "VSD, then regression": f"{VSD.format(313)} {T625} | {REGRESSION.format(105)} {LOW}",
         "VSD, then ARC": f"{VSD.format(313)} {T625} | {ARC.format(93)} {LOW}",
         "VSD, then ARC and VSD": f"{VSD.format(313)} {T625} | {ARC.format(57)} {LOW} --vsd 50",
-    },
-    # each as dear as 3,000 steps of VSD
-    "long": {
-        "VSD": VSD.format(3000),
-        "VSD at t = 625": f"{VSD.format(3000)} {T625}",
-        "regression, then VSD": f"{REGRESSION.format(850)} --clips 1536 {T625} | "
-                                f"{MORE_VSD.format(2000)}",
     },
     "energy": {
         "2 clips, patches of 4 columns": f"{ENERGY.format(200)} {T625}",
