@@ -4,9 +4,9 @@
     python train.py --captions more.csv
 
 From "a dog barks while rain falls" and "a cat meows while a bell rings" it makes "a dog barks while
-a bell rings". A student learns from its teacher only what it is asked for, and asking costs no
-audio (docs/RESULTS.md, "What the captions cover"). --out holds the file's captions and the new
-ones, none twice.
+a bell rings". A student learns from its teacher what it is asked for, and asking costs no audio
+(what that gains and costs: docs/RESULTS.md). --out holds the file's captions and the new ones, none
+twice; --exclude keeps out the test's, word for word.
 """
 import csv
 import io
@@ -18,7 +18,9 @@ import numpy as np
 from data import read_captions
 from extras.cli import InputError, Parser, number, replace_text, run
 
-CUT = re.compile(r"(.+?) (followed by|and then|while|then|and|with|as) (.+)")
+# not at "such as" or "as well as"
+AS = r"(?<!such )(?<!well )as(?! well)"
+CUT = re.compile(rf"(.+?) (followed by|and then|while|then|and|with|{AS}) (.+)")
 
 
 def recombine(captions, number, seed=0, exclude=()):
@@ -54,6 +56,8 @@ def main(argv=None):
     add("--out", type=Path, default=Path("more.csv"), help="csv file to write")
     add("--seed", type=number(int), default=0, help="of what is drawn")
     args = p.parse_args(argv)
+    if args.out.suffix != ".csv":
+        raise InputError(f"--out {args.out}: must end in .csv")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists; choose another name or remove it")
     captions, _ = read_captions(args.captions, args.caption_column)
@@ -61,6 +65,7 @@ def main(argv=None):
     captions += recombine(captions, args.number, args.seed, exclude)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([["caption"], *([c] for c in captions)])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(args.out, text.getvalue())
     print(f"{args.out}: {len(captions)} captions, {args.number} of them new, such as "
           f"{captions[-1]!r}")

@@ -26,6 +26,14 @@ def test_a_caption_is_cut_at_its_first_joining_word_after_a_comma_too():
         "Wind, and then a man speaks", "Birds sing and then a dog barks while it rains"}
 
 
+def test_such_as_and_as_well_as_are_no_joins():
+    two = ["Birds chirp as a car passes", "Tools such as saws buzz as a man talks"]
+    assert set(recombine.recombine(two, 2)) == {
+        "Birds chirp as a man talks", "Tools such as saws buzz as a car passes"}
+    with pytest.raises(InputError, match="from 0 that have"):
+        recombine.recombine(["A cat as well as a dog", "A bird as well as a bee"], 1)
+
+
 def test_the_seed_decides_what_is_drawn():
     many = [f"sound {i} then sound {i + 1}" for i in range(50)]
     one, again, other = (recombine.recombine(many, 40, seed) for seed in (0, 0, 1))
@@ -43,5 +51,9 @@ def test_the_file_holds_both_and_trains(tmp_path):
     with pytest.raises(InputError, match="more.csv: exists"):
         recombine.main(command)
     with pytest.raises(InputError, match="--number 9: 1 new"):
-        recombine.main([*command[:-1], str(tmp_path / "none.csv"), "--number", "9"])
-    assert (tmp_path / "more.csv").read_bytes() == before and not (tmp_path / "none.csv").exists()
+        recombine.main([*command[:-1], str(tmp_path / "new/none.csv"), "--number", "9"])
+    with pytest.raises(InputError, match="more.txt: must end in .csv"):
+        recombine.main([*command[:-1], str(tmp_path / "more.txt")])
+    assert (tmp_path / "more.csv").read_bytes() == before and not (tmp_path / "new").exists()
+    recombine.main([*command[:-1], str(tmp_path / "new/more.csv")])
+    assert (tmp_path / "new/more.csv").read_bytes() == before
