@@ -2,6 +2,7 @@
 
     python -m tiny.score out/student                    # beside its teacher's rows, as shipped
     python -m tiny.score out/student --second           # on the second list: to choose by
+    python -m tiny.score out/student --kind unseen      # events that no training caption pairs
     python -m tiny.score out/student --all              # the teacher's rows measured again
     python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
 
@@ -307,7 +308,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--second", action="store_true", help="score on the second held-out list")
     add("--kind", choices=KINDS, default="all",
-        help="captions whose two events training pairs (seen), or never does (unseen)")
+        help="captions whose two events training pairs (seen) or never does (unseen)")
     add("--steps", type=number(int, 1, 1000),
         help=f"of the teacher, with --all or --diversity; default: {STEPS}")
     what = p.add_mutually_exclusive_group()
