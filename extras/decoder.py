@@ -107,8 +107,8 @@ def main(argv=None):
         raise InputError(f"--student {args.student}: must be a folder here, as decoder/ is written "
                          "to it")
     folder, part, about = open_student(args.student)
-    flags = vars(args) if args.captions else about.get("flags", {})
-    args.captions = flags.get("captions")
+    flags = {} if args.captions else about.get("flags", {})
+    args.captions = args.captions or flags.get("captions")
     if args.captions is None:
         raise InputError("--captions FILE is needed: this student does not record its own")
     if args.clips < args.batch_size:

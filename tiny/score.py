@@ -38,8 +38,6 @@ DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric,
 FLOOR_ROW, TEACHER_ROW, STEPS = "real audio, rendered again", "teacher, {} steps", 25
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
 REFERENCE, FLOOR, DIVERSE = 1, 2, 3
-# Places in a held-out list: training pairs the two events of a caption as well, or it never does.
-KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
 TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
 
 
@@ -98,7 +96,7 @@ def held_out(clips, second=False, kind="all"):
     caption's number, its place among those of both lists, is also that of its noise and rendering.
     """
     held = world.second_list() if second else world.captions()[1]
-    numbers = KINDS[kind]
+    numbers = world.KINDS[kind]
     clips, first = min(clips, len(numbers)), len(held) if second else 0
     return [(first + n, *held[n]) for n in (numbers[k * len(numbers) // clips]
                                             for k in range(clips))]
@@ -307,7 +305,7 @@ def parse_args(argv=None):
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--second", action="store_true", help="score on the second held-out list")
-    add("--kind", choices=KINDS, default="all",
+    add("--kind", choices=world.KINDS, default="all",
         help="captions whose two events training pairs (seen) or never does (unseen)")
     add("--steps", type=number(int, 1, 1000),
         help=f"of the teacher, with --all or --diversity; default: {STEPS}")

@@ -287,6 +287,10 @@ def pairs(seen):
     return [p for p in every if p not in UNSEEN and p[::-1] not in UNSEEN] if seen else every
 
 
+# Places in three_kinds(rng, 512): training pairs the two events too (seen), or it never does.
+KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
+
+
 def three_kinds(rng, number, taken=()):
     """Captions to test by: a sixteenth single events, a quarter pairs in UNSEEN, the rest seen."""
     held = distinct(rng, number // 16, None, 1.0, taken)
