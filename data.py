@@ -1,54 +1,174 @@
-"""Captions in, and everything random about a training sample as a function of (seed, its number).
+"""Captions in, everything random about a training sample, and what all commands share.
 
-So there is no state to save: sample n of a run has the same caption, noise and timesteps however
-the batch is split over micro-batches and processes, and whether or not the run was interrupted.
+Sample n of a run has the same caption, noise and timesteps however the batch is split over
+micro-batches and processes, and whether or not the run was interrupted: all of it is a function
+of (seed, n), so there is no state to save.
 """
+import argparse
 import csv
 import functools
 import io
+import itertools
 import json
+import math
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from extras.cli import InputError
+# ---- what all commands share: errors of one line, flags with bounds, files that are whole --------
 
-# ---- captions ----------------------------------------------------------------------------------
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that says what to do."""
+
+
+def cli(main):
+    """Run a command: what the user gave wrong, or the file system refuses, ends it in one line.
+
+    main may return an exit code. torchrun's process group is destroyed here, once main() has freed
+    its networks: a DDP that is the last to hold it can deadlock (docs/LOG.md, 2026-11-21).
+    """
+    for stream in sys.stdout, sys.stderr:               # a terminal may lack the prompt's letters
+        stream.reconfigure(errors="replace")
+    try:
+        code = main()
+    except (InputError, OSError) as e:
+        sys.exit("error: " + " ".join(str(e).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.barrier()                                  # none leaves while another still saves
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the defaults that say something."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action):
+        empty = str(action.default) in ("None", "False", "[]")
+        return action.help if empty else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help and complains in one line."""
+
+    def __init__(self, description, **kw):
+        kw.setdefault("formatter_class", HelpFormatter)
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False, **kw)
+
+    def error(self, message):
+        raise InputError(message.removeprefix("argument "))
+
+
+def number(kind, low=0, high=math.inf):
+    """Return an argparse type: an int or a float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            finite = "" if math.isfinite(value) else " and finite"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{finite}")
+        return value
+
+    parse.__name__ = kind.__name__                      # argparse names it in "invalid int value"
+    return parse
+
+
+def read_json(path):
+    """Read a JSON file; InputError where it is not one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"{path}: is not JSON ({e})")
+
+
+def replace_file(path, save):
+    """Call save(temporary path), then rename: a killed program leaves the old file or the new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        save(temporary)
+        os.chmod(temporary, 0o644)                      # safetensors leaves files private
+        os.replace(temporary, path)
+    except Exception as e:                              # each library has its own error
+        full = "; the disk is full" if shutil.disk_usage(Path(path).parent).free < 2**20 else ""
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: not saved ({reason}){full}. What was there before is intact")
+
+
+def replace_text(path, text):
+    """replace_file() for text."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# ---- captions ------------------------------------------------------------------------------------
 
 NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")  # first match wins
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eval", "evaluation"}
 
 
-def read_rows(path):
+def read_rows(path, column=None):
     """Read the rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings for bare text.
 
-    A .json file holds a list, an object with a list in it such as {"data": [...]}, or JSON lines.
     Raises InputError where the file is missing, not UTF-8 or not what its ending says.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; pass a .csv, .tsv, .txt, .json or .jsonl file")
-    content = path.read_bytes()
+    content, kind = path.read_bytes(), path.suffix.lower()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[:e.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
-    kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
-        csv.field_size_limit(10 ** 9)
-        delimiter = "\t" if kind == ".tsv" else ","
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        return csv_rows(path, text, "\t" if kind == ".tsv" else ",")
     if kind == ".txt":
         return text.splitlines()
     if kind in (".json", ".jsonl"):
-        return json_rows(path, text)
+        return json_rows(path, text, column)
     raise InputError(f"{path}: unknown ending {kind!r}; use .csv, .tsv, .txt, .json or .jsonl")
 
 
-def json_rows(path, text):
-    """Decode one JSON document, or JSON lines."""
+def csv_rows(path, text, delimiter):
+    """Decode a table with a header; InputError where cells or quotes do not add up."""
+    csv.field_size_limit(10 ** 9)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header, rows = [], []
+    try:
+        for cells in filter(None, table):
+            if not header:
+                header = cells
+                if others := [c for c in ";\t|," if len(cells) == 1 and c in cells[0]]:
+                    raise InputError(f"{path}: its columns are separated by {others[0]!r}, where "
+                                     f"a {path.suffix} has {delimiter!r}; convert it")
+            elif len(cells) > len(header):
+                raise InputError(f"{path}: row {len(rows) + 1} has {len(cells)} cells, the header "
+                                 f"{len(header)}; put quotes around text that holds {delimiter!r}")
+            else:
+                rows.append(dict(itertools.zip_longest(header, cells)))
+    except csv.Error as e:
+        raise InputError(f"{path}: row {len(rows) + 1}: a quote is not closed where its cell ends; "
+                         f'write "" for a quote within quotes ({e})')
+    return rows
+
+
+def json_rows(path, text, column):
+    """Decode one JSON document, or JSON lines: the rows that hold captions.
+
+    A document is a list, an object of captions by id, or an object with such a list in it.
+    """
     try:
         values = [json.loads(text)]
     except json.JSONDecodeError as whole:
@@ -59,9 +179,21 @@ def json_rows(path, text):
             except json.JSONDecodeError as e:
                 n, e = (n, e) if values else (whole.lineno, whole)
                 raise InputError(f"{path}: line {n} is not JSON ({e.msg})")
+
+    def captioned(row):
+        return isinstance(row, dict) and (column in row or bool(caption_columns(tuple(row))))
+
     whole = values[0] if len(values) == 1 else None
-    if isinstance(whole, dict) and path.suffix == ".json" and not caption_columns(tuple(whole)):
-        whole = next((v for v in whole.values() if isinstance(v, list)), None)  # {"data": [...]}
+    if isinstance(whole, dict) and not captioned(whole) and path.suffix.lower() == ".json":
+        lists = {k: v for k, v in whole.items() if isinstance(v, list) and any(map(captioned, v))}
+        splits = lists or {k: v for k, v in whole.items() if k.lower() in SPLITS}
+        if len(splits) > 1:
+            raise InputError(f"{path}: holds captions in each of {', '.join(splits)}; write the "
+                             "one to use to a file of its own")
+        rows = [v for v in whole.values() if isinstance(v, list) and isinstance((v or [0])[0], dict)]
+        return next(iter([*lists.values(), *rows]), None) or [
+            v for v in whole.values() if captioned(v) or isinstance(v, list)] or [
+            v for v in whole.values() if isinstance(v, str)]
     return whole if isinstance(whole, list) else values
 
 
@@ -79,7 +211,7 @@ def read_captions(path, column=None, limit=None):
     column: their column or key, if its name is unusual. limit: keep the first so many.
     Returns (captions, {"rows", "empty", "duplicates"}). Raises InputError naming file and row.
     """
-    rows, found = read_rows(path), []
+    rows, found = read_rows(path, column), []
     for n, row in enumerate(rows, 1):
         if isinstance(row, dict):
             columns = [column] if column else caption_columns(tuple(row))
@@ -99,7 +231,7 @@ def read_captions(path, column=None, limit=None):
     return captions[:limit], counts
 
 
-# ---- randomness --------------------------------------------------------------------------------
+# ---- randomness ----------------------------------------------------------------------------------
 
 @functools.lru_cache(2)
 def order(count, seed, epoch):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from extras.cli import replace_file, replace_text
+from data import replace_file, replace_text
 
 # Which layers get an adapter. Attention's q and v are SwiftBrush's choice (arXiv 2312.05239).
 TARGETS = {

@@ -6,10 +6,7 @@ a Gaussian's exact score in the tests. So nothing here knows of LoRA, optimizers
 Shapes: latents (B, C, H, W) with time last, t (B,) integers in [0, T], alpha and sigma (T + 1,)
 indexed by t. Every loss is (B,), the mean over a sample's elements; train.py averages the batch.
 """
-import itertools
-
 import torch
-import torch.nn.functional as F
 
 
 def at(values, t):
@@ -97,30 +94,3 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
     w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
     return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))
-
-
-# ---- after VSD, or in its place: posttrain.py, where y are the teacher's own clips ---------------
-
-def relativistic_loss(better, worse):
-    """ARC (arXiv 2505.08175), softplus(worse - better), on score maps (B, n) of a discriminator.
-
-    It is -log P(better is preferred). ARC uses it in three places: a discriminator prefers the real
-    clip to the fake one of the same caption (relativistic) and the right caption to another
-    (contrastive); the student wants its fake preferred to the real one.
-    """
-    return F.softplus(worse - better).mean(1)
-
-
-def energy_loss(x, y, width=4):
-    """Energy score with beta = 1 (arXiv 2605.00329) of clips x (m, B, C, H, W) against y (B, ...).
-
-    2 mean_k |x_k - y| - mean_{k < l} |x_k - x_l|, the mean over patches of `width` columns of the
-    latents, where |d| is the root of the mean square. With m >= 2 it is least, on average, for x of
-    y's own distribution given the caption. m = 1 has no second term: regression.
-    """
-    def length(d):
-        patches = d.unflatten(-1, (-1, width))                  # (..., C, H, W / width, width)
-        return (patches.square().mean((-4, -3, -1)) + 1e-8).sqrt().mean(-1)
-
-    apart = [length(a - b) for a, b in itertools.combinations(x, 2)]
-    return 2 * length(x - y).mean(0) - (sum(apart) / len(apart) if apart else 0)

@@ -3,52 +3,54 @@
     python sample.py --prompt "a dog barks twice"                       # the student in out/student
     python sample.py --prompts prompts.txt --n 4 --student USER/MODEL   # four clips a line
     python sample.py --prompt "rain falls" --teacher_steps 25           # its teacher, many steps
-    python sample.py --prompt "a dog barks while (rain:2) falls"        # attend to rain twice
-    python sample.py --prompt "a cat meows" --init dog.wav --init_prompt "a dog barks"    # edit
 """
 import itertools
 import json
-import math
 import re
 import time
 from pathlib import Path
 
+import numpy as np
 import soundfile
-import torch
+from PIL import Image
 from tqdm import tqdm
 
-from data import read_captions, sampling_noise
-from extras.audio import picture
-from extras.cli import InputError, Parser, number, replace_file, replace_text, run
-from extras.device import pick_device, sampling_dtype
-from extras.edit import invert_recording
-from extras.hub import check_fit, open_student
-from extras.listen import check_folders, read_manifest, write_page
-from extras.prompts import parse_weights, reweighted, token_weights, unseen_words
-from losses import guided, one_step
-from model import RATE, Pipeline, denoiser, load_unet, many_steps
+from data import InputError, Parser, cli, number, read_captions, read_json, replace_file
+from data import replace_text
+from model import LOG_MAX, LOG_MIN, RATE, load_student, load_teacher, open_student
 
 
 def add_system(add):
-    """Add the flags that select the system; eval.py has them too."""
-    count = number(int, 1)
+    """Add the flags that select the system; eval and control have them too."""
     add("--student", default="out/student",
         help="folder of train.py, or a complete one-step model: folder or hub name")
     add("--teacher", help="hub name, folder or tiny; default: the student's own")
     add("--teacher_steps", type=number(int, 1, 1000), help="sample the teacher, in so many steps")
     add("--guidance", type=number(float), help="the teacher's; default: its folder's own, else 7.5")
     add("--seed", type=number(int), default=0, help="of the noise")
-    add("--batch_size", type=count, default=8, help="clips at a time")
+    add("--batch_size", type=number(int, 1), default=8, help="clips at a time")
     add("--decoder", choices=("vae", "fast"), default="vae",
-        help="fast: the small one that extras.decoder made for the student")
+        help="fast: the small one that recipes.decoder made for the student")
     add("--precision", choices=("auto", "fp32"), default="auto",
         help="auto: half where the machine is fast at it")
     add("--device", help="cuda, mps or cpu; default: the first there is")
 
 
-def parse_args(argv=None):
-    p = Parser(__doc__)
-    add = p.add_argument
+def open_system(args, seconds=None):
+    """Load the System that add_system()'s flags select."""
+    more = dict(seconds=seconds, precision=args.precision, device=args.device)
+    if not args.teacher_steps:
+        if args.guidance is not None:
+            raise InputError("--guidance goes with --teacher_steps: a student's is trained in")
+        return load_student(args.student, args.teacher, decoder=args.decoder, **more)
+    if args.decoder == "fast":
+        raise InputError("--decoder fast needs a student; it does not go with --teacher_steps")
+    teacher = args.teacher or open_student(args.student)[2]["teacher"]
+    return load_teacher(teacher, args.teacher_steps, args.guidance, **more)
+
+
+def add_clips(add):
+    """Add the flags that say which clips to make."""
     add("--prompt", nargs="+", action="extend", default=[], help="one or more")
     add("--prompts", metavar="FILE", help="file of prompts: txt (one a line), csv, json, ...")
     add_system(add)
@@ -56,91 +58,28 @@ def parse_args(argv=None):
     add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--seconds", type=number(float, 0.16, 30), help="length; default: as in training, the best")
-    add("--init", metavar="WAV", help="edit this recording: start from noise that makes it")
-    add("--init_prompt", help="what --init sounds like")
-    add("--strength", type=number(float, 0, 1), default=0.2,
-        help="0: closest to --init; 1: ignore it")
-    add("--html", nargs="?", const="page", choices=("page", "blind"),
-        help="write OUT/listen.html; blind: a listening test")
-    add("--beside", nargs="+", default=[], metavar="DIR", help="other systems on that page")
-    args = p.parse_args(argv)
-    for flag, other in (("init_prompt", "init"), ("beside", "html")):
-        if getattr(args, flag) and not getattr(args, other):
-            raise InputError(f"--{flag} goes with --{other}")
-    if args.init and args.teacher_steps:
-        raise InputError("--init needs a one-step student, not --teacher_steps")
 
-    given = [(prompt, "--prompt") for prompt in args.prompt]
+
+def read_prompts(args):
+    """The distinct prompts of the command line and of --prompts: {prompt: where it stands}."""
+    given = {" ".join(prompt.split()): "--prompt" for prompt in args.prompt}
     if args.prompts:
-        given += [(prompt, args.prompts) for prompt in read_captions(args.prompts)[0]]
-    given = [(" ".join(prompt.split()), where) for prompt, where in given]
-    # {prompt as given: (its words, the weight of each character)}
-    args.prompt = {prompt: parse_weights(prompt, where) for prompt, where in given}
-    if not args.prompt or not all(words.strip() for words, _ in args.prompt.values()):
+        given = {**given, **dict.fromkeys(read_captions(args.prompts)[0], args.prompts)}
+    if not given or "" in given:
         raise InputError('an empty prompt; pass --prompt "what it should sound like" or --prompts '
                          "FILE")
-    return args
+    return given
 
 
-def open_system(args, seconds=None):
-    """Load what add_system()'s flags select: (pipe, latents, description).
-
-    latents(z_T, text, weights=None) makes latents of noise and encoded prompts: the student in
-    one step, or the teacher in many. weights: see extras.prompts.reweighted.
-    """
-    if args.guidance is not None and not args.teacher_steps:
-        raise InputError("--guidance goes with --teacher_steps: a student's is trained in")
-    device = pick_device(args.device, exact=args.precision == "fp32")
-    dtype = sampling_dtype(device) if args.precision == "auto" else torch.float32
-    about, decoder = {}, None
-    if not (args.teacher and args.teacher_steps):
-        folder, part, about = open_student(args.student)
-    if args.decoder == "fast":
-        if args.teacher_steps:
-            raise InputError("--decoder fast needs a student; it does not go with --teacher_steps")
-        decoder = folder / "decoder"
-        if not (decoder / "config.json").exists():
-            raise InputError(f"{decoder}: not there; make it: python -m extras.decoder --student "
-                             f"{args.student}")
-    skip = [] if args.teacher_steps else ["unet/diffusion*"]    # a student needs no other UNet
-    pipe = Pipeline(args.teacher or about["teacher"], seconds or about.get("seconds"), skip, dtype,
-                    decoder)
-    pipe.to(device)
-    if args.teacher_steps:
-        if args.teacher_steps > 1:
-            pipe.scheduler_of(args.teacher_steps)               # refuses too few
-        scale = pipe.settings.get("sample", {}).get("guidance", 7.5)
-        scale = scale if args.guidance is None else args.guidance
-        folder, part = pipe.folder, "unet"
-        system = {"teacher": str(folder), "steps": args.teacher_steps, "guidance": scale}
-    else:
-        system = {"student": args.student, "folder": str(folder / part), "steps": 1}
-    if decoder:
-        system["decoder"] = str(decoder)
-    unet = load_unet(folder, part, dtype).to(device).requires_grad_(False)
-    check_fit(unet.config, pipe.folder)
-    null, eps = pipe.encode_text([""]), denoiser(unet)
-
-    def latents(z_T, text, weights=None):
-        with reweighted(unet, weights):
-            if args.teacher_steps:
-                return many_steps(guided(eps, null, scale), z_T, text, pipe, args.teacher_steps)
-            return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"],
-                            about.get("timestep"))
-
-    return pipe, latents, {**system, "dtype": str(dtype)}
-
-
-def draw_noise(pipe, numbers, seed):
-    """z_T (B, 4, h, w) of clips with these numbers, on the pipeline's device."""
-    return sampling_noise(numbers, seed, pipe.latent_shape).to(pipe.device)
-
-
-@torch.no_grad()
-def make_clips(pipe, latents, texts, z_T, weights=None):
-    """Make log-mels (B, num_mels, frames) and waveforms (B, N), on the CPU."""
-    mel = pipe.decode(latents(z_T, pipe.encode_text(texts), weights))
-    return mel.cpu(), pipe.vocode(mel).cpu().numpy()
+def picture(mel):
+    """Log-mel (n_mels, frames) -> an RGB image at least 256 pixels high, low frequencies below."""
+    x = np.clip((np.asarray(mel) - LOG_MIN) / (LOG_MAX - LOG_MIN), 0, 1)[::-1]
+    colors = np.array([(0, 0, 4), (60, 15, 110), (150, 40, 125), (235, 90, 95), (253, 180, 110),
+                       (252, 253, 190)])
+    stops = np.linspace(0, 0.9, len(colors))
+    rgb = np.stack([np.interp(x, stops, colors[:, c]) for c in range(3)], -1).astype(np.uint8)
+    scale = max(1, 256 // rgb.shape[0])
+    return Image.fromarray(rgb.repeat(scale, 0).repeat(scale, 1))
 
 
 def file_names(prompts, n, seed):
@@ -154,56 +93,69 @@ def file_names(prompts, n, seed):
             for prompt, slug in zip(prompts, slugs) for k in range(n)}
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    out, names = Path(args.out), file_names(args.prompt, args.n, args.seed)
-    for name in names.values():
-        for path in (out / f"{name}.wav", out / f"{name}.png"):
-            if path.exists() and not args.overwrite:
-                raise InputError(f"{path} exists; pass --overwrite to replace it, or another "
-                                 "--out or --seed")
-    rows = {row["file"]: row for row in read_manifest(out)}
-    check_folders(out, args.beside)
-    pipe, latents, system = open_system(args, args.seconds)
-    words = [words for words, _ in args.prompt.values()] + [args.init_prompt or ""]
-    for line in unseen_words(pipe, words):
-        tqdm.write(line)
-    if args.init:
-        start = invert_recording(args.init, args.init_prompt or "", pipe, latents, args.seed)
-        system.update(init=args.init, init_prompt=args.init_prompt, strength=args.strength)
+def read_manifest(folder):
+    """The rows of a folder's manifest.json, or [] where there is none."""
+    path = Path(folder) / "manifest.json"
+    rows = read_json(path) if path.exists() else []
+    known = {"file", "prompt", "seed", "k"}
+    if not isinstance(rows, list) or not all(known <= set(row) for row in rows):
+        raise InputError(f"{path}: is not sample.py's; choose another folder")
+    return rows
 
-    out.mkdir(parents=True, exist_ok=True)
+
+def write_clips(args, prompts, open_system):
+    """Make --n clips of each prompt and write them, with their pictures and the manifest.
+
+    open_system: called once nothing is in the way; its make(prompts, z_T) makes the clips, and its
+    about goes into the manifest.
+    """
+    out, names = Path(args.out), file_names(prompts, args.n, args.seed)
+    paths = [out / f"{name}{ending}" for name in names.values() for ending in (".wav", ".png")]
+    if there := [path for path in paths if path.exists() and not args.overwrite]:
+        raise InputError(f"{there[0]} exists; pass --overwrite to replace it, or another --out or "
+                         "--seed")
+    rows = {row["file"]: row for row in read_manifest(out)}
+    system = open_system()
+
     jobs, started, bar = list(names), time.time(), tqdm(total=len(names), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
         part = jobs[i:i + args.batch_size]                              # [(prompt, k)]
-        z_T = draw_noise(pipe, [k for _, k in part], args.seed)
-        if args.init:                                                   # of unit variance
-            z_T = math.sqrt(1 - args.strength ** 2) * start + args.strength * z_T
-        texts, weights = zip(*(args.prompt[prompt] for prompt, _ in part))
-        plain = all(w == 1 for row in weights for w in row)
-        weights = None if plain else token_weights(pipe, texts, weights)
-        mels, wavs = make_clips(pipe, latents, texts, z_T, weights)
+        mels, wavs = system.make([prompt for prompt, _ in part],
+                                 system.noise([k for _, k in part], args.seed))
+        out.mkdir(parents=True, exist_ok=True)
         for (prompt, k), wav, mel in zip(part, wavs, mels):
             path = out / f"{names[prompt, k]}.wav"
             replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16", format="WAV"))
             replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
             rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
-                               **system}
+                               **system.about}
         listed = json.dumps(list(rows.values()), indent=2, ensure_ascii=False)
         replace_text(out / "manifest.json", listed + "\n")
         bar.update(len(part))
     bar.close()
 
     seconds, length = (time.time() - started) / len(jobs), wavs.shape[1] / RATE
-    if args.html:
-        write_page(out / "listen.html", [out, *args.beside], args.html == "blind")
-        print(out / "listen.html")
-    for name in list(names.values())[:10]:
-        print(f"{out / name}.wav  {out / name}.png")
+    for path in paths[0:20:2]:
+        print(f"{path}  {path.with_suffix('.png')}")
     if len(names) > 10:
         print(f"... and {len(names) - 10} more, listed in {out / 'manifest.json'}")
     print(f"{seconds:.2f} s for a clip of {length:.2f} s (real-time factor {seconds / length:.2f})")
 
 
+def main(argv=None):
+    p = Parser(__doc__)
+    add_clips(p.add_argument)
+    args = p.parse_args(argv)
+    prompts = read_prompts(args)
+
+    def opened():
+        system = open_system(args, args.seconds)
+        for line in system.encode_text.unread(prompts).values():
+            tqdm.write(f"warning: {line}")
+        return system
+
+    write_clips(args, prompts, opened)
+
+
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -3,55 +3,87 @@
     python train.py --teacher tiny                # the embedded teacher, 2 CPU cores, 5 minutes
     python train.py --captions audiocaps.csv      # Auffusion, the paper's setting, a 48 GB GPU
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1    # on four GPUs
+    python train.py --init out/student --out_dir out2       # go on from a student, as a new run
 
 The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to
 --out_dir: student/ (a diffusers UNet for sample.py), lora/ (PEFT's format), checkpoint.pt and
 metrics.jsonl.
 """
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
 import shlex
+import shutil
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from data import caption_at, draw_batch, read_captions
-from extras.cli import InputError, Parser, number, replace_file, run
-from extras.device import has_bf16, pick_device
-from extras.hub import TINY, read_settings
-from extras.log import Log
-from extras.publish import write_student
-from extras.resume import read_checkpoint
-from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_state, save_lora
+import model
+from data import InputError, Parser, caption_at, cli, draw_batch, number, read_captions
+from data import replace_file, replace_text
+from lora import TARGETS, inject, load_lora_state, lora_disabled, save_lora
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
-from model import Pipeline, denoiser, load_unet
+from model import denoiser, load_unet, read_settings
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+count, positive, beta = number(int, 1), number(float), number(float, 0, 0.99999)
 
 
-def add_flags(add):
-    """Add this program's flags; posttrain.py has them too."""
-    count, positive = number(int, 1), number(float)
-    # what to distil
+def add_run(add):
+    """Add what every training script has: what to distil, optimization, machine and output."""
     add("--teacher", default="auffusion/auffusion-full-no-adapter",
         help='hub name, folder, or "tiny"')
+    add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
     add("--preset", choices=("teacher", "paper"), default="teacher",
-        help="whose defaults: the teacher folder's own, if it has some, or the paper's")
+        help="whose defaults: the teacher's own, if it has some, or the paper's")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--max_captions", type=count, help="use only the first so many")
     add("--out_dir", default="out", help="folder for everything that is written")
     add("--seed", type=number(int), default=0, help="of all that is drawn at random")
-    # the method: the paper's values (section IV-A); lora_targets, lora_drop and t are SwiftBrush's
     add("--parameterization", choices=("eps", "direct"), default="eps",
         help="eq. 1, or the network's output as x0")
     add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
+    # rates and batch are the paper's (section IV-A), betas and weight decay AdamW's own
+    add("--max_steps", type=count, default=20000, help="optimizer steps")
+    add("--batch_size", type=count, default=16, help="captions in a forward pass")
+    add("--grad_accum", type=count, default=4, help="forward passes in an optimizer step")
+    add("--lr", type=positive, default=1e-5, help="student's rate")
+    add("--beta1", type=beta, default=0.9, help="AdamW's, of all networks")
+    add("--beta2", type=beta, default=0.999, help="AdamW's")
+    add("--weight_decay", type=positive, default=0.01, help="AdamW's")
+    add("--grad_clip", type=positive, default=1.0, help="largest gradient norm; 0: no limit")
+    add("--warmup", type=number(int), default=0, help="steps of linear warm-up")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False,
+        help="linear decay of all rates to zero at max_steps")
+    add("--ema", type=beta, default=0.0, help="average the saved student")
+    add("--device", help="cuda, mps or cpu; default: the first there is")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="bf16: autocast with fp32 weights; auto: bf16 on a GPU that has it")
+    add("--compile", action="store_true", help="torch.compile the UNets")
+    add("--checkpointing", action="store_true", help="recompute activations to save memory")
+    add("--save_every", type=count, default=500, help="steps between checkpoints")
+    add("--keep_every", type=number(int), default=5000,
+        help="steps between students kept as student-N/; 0: none")
+    add("--log_every", type=count, default=10, help="steps between lines of metrics.jsonl")
+
+
+def add_vsd(add):
+    """Add the method's own flags: the paper's values; t, targets and drop are SwiftBrush's."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2",
@@ -62,52 +94,64 @@ def add_flags(add):
     add("--lora_alpha", type=positive, default=128, help="its scale is alpha / r")
     add("--lora_targets", choices=TARGETS, default="qv", help="layers that get an adapter")
     add("--lora_drop", type=number(float, 0, 1), default=0.1, help="empty captions in eq. 8")
+    add("--lora_lr", type=positive, default=1e-3, help="LoRA teacher's rate")
     add("--t_min", type=number(int, 0, 999), default=20, help="smallest timestep of eq. 3")
     add("--t_max", type=number(int, 1, 1000), default=981, help="one above the largest")
-    # optimization: rates and batch are the paper's, betas and weight decay AdamW's own
-    add("--max_steps", type=count, default=20000, help="optimizer steps")
-    add("--batch_size", type=count, default=16, help="captions in a forward pass")
-    add("--grad_accum", type=count, default=4, help="forward passes in an optimizer step")
-    add("--lr", type=positive, default=1e-5, help="student's rate")
-    add("--lora_lr", type=positive, default=1e-3, help="LoRA teacher's rate")
-    add("--beta1", type=number(float, 0, 0.99999), default=0.9, help="AdamW's, both networks")
-    add("--beta2", type=number(float, 0, 0.99999), default=0.999, help="AdamW's, both networks")
-    add("--weight_decay", type=positive, default=0.01, help="AdamW's, both networks")
-    add("--grad_clip", type=positive, default=1.0, help="largest gradient norm; 0: no limit")
-    add("--warmup", type=number(int), default=0, help="steps of linear warm-up")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False,
-        help="linear decay of both rates to zero at max_steps")
-    add("--ema", type=number(float, 0, 0.99999), default=0.0, help="average the saved student")
-    # machine and output
-    add("--device", help="cuda, mps or cpu; default: the first there is")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="bf16: autocast with fp32 weights; auto: bf16 on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile both UNets")
-    add("--checkpointing", action="store_true", help="recompute activations to save memory")
-    add("--save_every", type=count, default=500, help="steps between checkpoints")
-    add("--log_every", type=count, default=10, help="steps between lines of metrics.jsonl")
 
 
-def teacher_defaults(args):
-    """Return the defaults {flag: value} that a teacher in a folder may bring, as tiny does."""
-    folder = TINY if args.teacher == "tiny" else Path(args.teacher)
-    own = read_settings(folder).get("train", {})
+# What a run that starts from a student takes over from the run that made it, unless given.
+KEPT = ("captions", "caption_column", "max_captions", "guidance", "lora_guidance", "weighting",
+        "lora_weighting", "tv", "tv_weight", "lora_rank", "lora_alpha", "lora_targets", "lora_drop",
+        "t_min", "t_max")
+
+
+def words(values, path, p):
+    """{flag: value} of a file as words of a command line that p parses; InputError if it cannot."""
+    found = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    try:
+        p.parse_args(found)
+    except InputError as e:
+        raise InputError(f"{path}: {e}")
+    return found
+
+
+def parse_run(p, argv):
+    """Parse a training script's flags: those given, then --init's, then the teacher's own."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, init = p.parse_args(argv), []
+    if args.init:
+        folder, _, about = model.open_student(args.init)
+        kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
+        if kept.get("lora_guidance") == kept.get("guidance"):
+            kept.pop("lora_guidance", None)             # "same as --guidance", which may be given
+        if args.captions:
+            kept.update(caption_column=None, max_captions=None)
+        init = words({**kept, "teacher": about["teacher"], "student_t": about.get("timestep"),
+                      "parameterization": about["parameterization"]}, folder, p)
+        args = p.parse_args([*init, *argv])
+    home = model.find(args.teacher, model.SETTINGS)
+    own = read_settings(home).get("train", {})
     if "captions" in own:
-        own["captions"] = str((folder / own["captions"]).resolve())
-    return {k: own[k] for k in own if args.preset == "teacher" or k == "captions"}
+        own["captions"] = str(home / own["captions"])
+    if p.prog != "train.py":                            # a recipe has not all of these flags
+        own = {k: v for k, v in own.items() if k in args}
+    if args.preset == "paper":
+        own = {k: v for k, v in own.items() if k == "captions"}
+    args = p.parse_args([*words(own, home / "swiftaudio.json", p), *init, *argv])
+    if args.captions is None:
+        raise InputError("--captions FILE is needed")
+    args.captions = str(Path(args.captions).resolve())
+    return args
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
-    add_flags(p.add_argument)
-    p.set_defaults(**teacher_defaults(p.parse_args(argv)))
-    return checked(p.parse_args(argv))          # flags on the command line win
-
-
-def checked(args):
-    """Return the flags; InputError where two of them do not fit."""
-    if args.captions is None:
-        raise InputError("--captions FILE is needed")
+    p = Parser(__doc__, prog="train.py")
+    add_run(p.add_argument)
+    add_vsd(p.add_argument)
+    args = parse_run(p, argv)
     if args.t_min >= args.t_max:
         raise InputError(f"--t_min {args.t_min} must be below --t_max {args.t_max}")
     if args.lora_guidance is None:
@@ -115,108 +159,290 @@ def checked(args):
     return args
 
 
+# ---- what recipes/ share with the loop below -----------------------------------------------------
+
 def learning_rate(step, args):
-    """The factor on both rates at a step: linear warm-up, then constant or linear decay."""
+    """The factor on all rates at a step: linear warm-up, then constant or linear decay."""
     warm = min(1, (step + 1) / max(1, args.warmup))
     return warm * (1 - step / args.max_steps if args.decay else 1)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
+def start(args):
+    """Start the processes and load all but the UNets: a namespace of what the loop needs."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    say = tqdm.write if rank == 0 else lambda line: None
-    device = pick_device(args.device, exact=args.precision == "fp32")
+    device = model.pick_device(args.device, exact=args.precision == "fp32")
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    auto = device.type == "cuda" and has_bf16(device)
+    auto = device.type == "cuda" and model.has_bf16(device)
     bf16 = auto if args.precision == "auto" else args.precision == "bf16"
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
+    say = tqdm.write if rank == 0 else lambda line: None
     captions, counts = read_captions(args.captions, args.caption_column, args.max_captions)
     say(f"{args.captions}: {counts['rows']} rows, {len(captions)} captions used, "
         f"{counts['duplicates']} duplicates and {counts['empty']} empty ones left out")
-    out = Path(args.out_dir)
-    config = {**vars(args), "precision": "bf16" if bf16 else "fp32", "ranks": ranks}
-    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
-    found = read_checkpoint(out / "checkpoint.pt", config, digest)
-    first_step = found["step"] if found else 0
+
+    folder = model.find(args.teacher, model.TO_TRAIN)
+    home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
+    encode_text, scheduler = model.TextEncoder(folder).to(device), model.load_scheduler(folder)
+    alpha, sigma = model.noise_schedule(scheduler, device)
+    if max(getattr(args, "t_max", 1) - 1, args.student_t or 0) >= len(alpha):
+        raise InputError(f"--teacher {args.teacher}: has timesteps 0 to {len(alpha) - 1}, below "
+                         "--t_max or --student_t")
+    if unread := encode_text.unread(captions):
+        say(f"warning: not all of {len(unread)} captions is read, for one: "
+            f"{next(iter(unread.values()))}")
+    student = load_unet(home, part, fits=folder).to(device)
+    unet = load_unet(folder).to(device)
+    step_size = args.batch_size * args.grad_accum * ranks
+    config = {**vars(args), "precision": "bf16" if bf16 else "fp32", "captions a step": step_size,
+              "teacher's weights": fingerprint(unet), "first student's": fingerprint(student),
+              "captions' text": hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]}
+    if about.get("flags", config)["teacher's weights"] != config["teacher's weights"]:
+        raise InputError(f"--init {args.init}: is not a student of --teacher {args.teacher}")
+    return SimpleNamespace(
+        out=Path(args.out_dir), config=config, captions=captions, device=device, rank=rank,
+        ranks=ranks, step_size=step_size, say=say, first_step=0, lines=[], folder=folder, home=home,
+        encode_text=encode_text, null=encode_text([""]), scheduler=scheduler, alpha=alpha,
+        sigma=sigma, T=len(alpha) - 1, shape=model.latent_shape(folder), student=student,
+        unet=unet.to(torch.bfloat16 if bf16 else torch.float32),
+        amp=torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+
+
+def fingerprint(network):
+    """Hash a sample of each of a network's weights: what it is, whatever file it came from."""
+    sample = [w.flatten()[::max(1, w.numel() // 64)].bfloat16() for w in network.parameters()]
+    return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+# Flags that may differ on resume; changing any other makes it a different run. Of teacher, first
+# student and captions, what they are is compared; of a batch, its size.
+MAY_CHANGE = {
+    "max_steps", "save_every", "keep_every", "log_every", "out_dir", "device", "compile",
+    "checkpointing", "captions", "caption_column", "max_captions", "teacher", "init", "preset",
+    "batch_size", "grad_accum", "cache", "clips",
+    "lr", "lora_lr", "d_lr", "precision"}               # to get past a step that was not finite
+
+
+def resume(run, weights, opts, instead="choose another --out_dir"):
+    """Go on from this run's checkpoint, if there is one: weights {name: [w]}, opts {name: opt}.
+
+    Sets run.first_step and run.lines. InputError, naming the flag, for another run's; instead:
+    the advice that ends it.
+    """
+    out, path, ours = run.out, run.out / "checkpoint.pt", run.config
+    if run.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out, instead)
+    if path.exists():
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:                          # torch.load fails in many ways
+            raise InputError(f"{path}: cannot be read ({type(e).__name__}); remove it to start "
+                             f"anew, or {instead}")
+        theirs = found["config"]
+        if "captions a step" not in theirs:
+            raise InputError(f"{path}: is of an earlier version of this code, whose student can be "
+                             f"gone on from: --init {out / 'student'}; {instead}")
+        fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
+        for name in ["recipe", *sorted(fixed)]:
+            if theirs.get(name) != ours.get(name):
+                raise InputError(f"{out}: holds a run with --{name} {theirs.get(name)}, this one "
+                                 f"has {ours.get(name)}; {instead}")
+        for name, tensors in weights.items():
+            for w, saved in zip(tensors, found["weights"][name], strict=True):
+                w.data.copy_(saved)
+        for name, opt in opts.items():                  # copied, or the file would stay mapped
+            opt.load_state_dict(copy.deepcopy(found["opts"][name]))
+        run.first_step, run.lines = found["step"], found["lines"]
+    elif (out / "student").exists():
+        raise InputError(f"{out}: holds a student but no checkpoint to resume from; {instead}")
+    if run.ranks > 1:
+        steps = [None] * run.ranks
+        dist.all_gather_object(steps, run.first_step)
+        if len(set(steps)) > 1:
+            raise InputError(f"the processes would start at steps {steps}: --out_dir must be one "
+                             "folder that all of them see")
+    size = sum(3 * w.nbytes for tensors in weights.values() for w in tensors)   # Adam has two
+    free = shutil.disk_usage(out).free
+    if free < size * (1 if run.first_step else 2):      # the old one stays until the new is whole
+        raise InputError(f"{out}: {free / 1e9:.1f} GB are free, and saving takes twice "
+                         f"{size / 1e9:.1f} GB")
+
+
+def lock(folder, instead):
+    """Hold a folder until this process ends; InputError where another one holds it."""
+    try:
+        import fcntl
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:                                 # Windows has none
+        pass
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process trains there (start several with torchrun); "
+                         f"{instead}")
+
+
+def prepare(run, args, nets):
+    """{name: network} as the loop calls them: recomputing, compiled, averaging over processes."""
+    for net in nets.values():
+        if args.checkpointing:
+            net.enable_gradient_checkpointing()
+    if args.compile:
+        nets = {name: torch.compile(net) for name, net in nets.items()}
+    if run.ranks > 1:
+        nets = {name: DDP(net, gradient_as_bucket_view=True) for name, net in nets.items()}
+    return nets
+
+
+def save_run(run, step, weights, opts, log):
+    """Write checkpoint.pt and student/, each file whole."""
+    replace_file(run.out / "checkpoint.pt", lambda path: torch.save({
+        "step": step, "config": run.config, "lines": log.lines,
+        "weights": {name: [w.detach() for w in tensors] for name, tensors in weights.items()},
+        "opts": {name: opt.state_dict() for name, opt in opts.items()}}, path))
+    save_student(run, run.out / "student", step, weights)
+
+
+def save_student(run, folder, step, weights):
+    """Write the student, or its average, as sample.py and diffusers read it."""
+    names, flags = [name for name, _ in run.student.named_parameters()], run.config
+    tensors = {name: w.detach().contiguous()
+               for name, w in zip(names, weights["ema"] or weights["student"])}
+    about = {"teacher": model.full_name(flags["teacher"]), "timestep": flags["student_t"] or run.T,
+             "parameterization": flags["parameterization"], "step": step, "flags": flags,
+             "seconds": read_settings(run.folder).get("seconds", 10.24),
+             "command": f"python {shlex.join(sys.argv)}"}
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / "diffusion_pytorch_model.safetensors",
+                 lambda path: save_file(tensors, path, {"format": "pt"}))
+    replace_text(folder / "config.json", run.student.to_json_string())
+    replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
+
+
+def stop_signals(run):
+    """Catch SIGTERM and Ctrl-C; returns stopped(), the signal's number or 0, for all processes."""
+    caught = torch.zeros(1, device=run.device)
+
+    def note(number, _):
+        caught.fill_(number)
+        signal.signal(number, signal.SIG_DFL)           # a second one ends it at once
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+    def stopped():
+        if run.ranks > 1:
+            dist.all_reduce(caught, dist.ReduceOp.MAX)
+        return int(caught)
+
+    return stopped
+
+
+class Log:
+    """Mean values, a line per interval, in metrics.jsonl and in the checkpoint.
+
+    To log a value, add() it in the loop. Sums stay on the device, as reading one each step would
+    stall a GPU.
+    """
+
+    def __init__(self, run):
+        self.run, self.lines, self.path = run, run.lines, run.out / "metrics.jsonl"
+        self.sums, self.step, self.time = {}, run.first_step, time.time()
+        if run.rank == 0:                               # lines behind the checkpoint are dropped
+            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, name, value, t=None):
+        """Add a loss (B,) or a number. t (B,): its means by quarter of the timesteps as well."""
+        value = value.detach().reshape(-1)
+        rows = {name: (value.sum(), torch.ones_like(value).sum())}
+        if t is not None:
+            quarter = F.one_hot((t // 250).clamp(max=3), 4).to(value)   # (B, 4)
+            rows[f"{name}_by_t"] = ((value[:, None] * quarter).sum(0), quarter.sum(0))
+        for key, row in rows.items():
+            self.sums[key] = self.sums.get(key, 0) + torch.stack(row)   # sum, count
+
+    def write(self, step):
+        """Write the means since the last line, over all processes, and return them.
+
+        InputError where one is not finite, a gradient's norm above all: call this before saving.
+        """
+        line = {"step": step}
+        for name, sums in self.sums.items():
+            if self.run.ranks > 1:
+                dist.all_reduce(sums)
+            line[name] = (sums[0] / sums[1].clamp(min=1)).tolist()
+            if not sums.isfinite().all():
+                raise InputError(f"steps {self.step + 1} to {step}: {name} is not finite, and "
+                                 "nothing of these steps is saved. The same command goes on from "
+                                 "before them; give it smaller rates, or --precision fp32")
+        line["samples_per_s"] = (step - self.step) * self.run.step_size / (time.time() - self.time)
+        self.sums, self.step, self.time = {}, step, time.time()
+        self.lines.append(line)
+        if self.run.rank == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        return line
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = start(args)
+    device, alpha, sigma, null = run.device, run.alpha, run.sigma, run.null
 
     # ---- two networks: the student, and a frozen UNet with adapters --------------------------
-    pipe = Pipeline(args.teacher).to(device)
-    student = load_unet(pipe.folder).to(device)
-    unet = load_unet(pipe.folder, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    student, unet = run.student.requires_grad_(True), run.unet
     torch.manual_seed(args.seed)
     adapters = inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-    ema = [p.detach().clone() for p in student.parameters()] if args.ema else []
-    adamw = dict(betas=(args.beta1, args.beta2), weight_decay=args.weight_decay,
-                 fused=device.type == "cuda")
-    opt_student = torch.optim.AdamW(student.parameters(), args.lr, **adamw)
-    opt_lora = torch.optim.AdamW(adapters, args.lora_lr, **adamw)
-    if found:
-        student.load_state_dict(found["student"])
-        load_lora_state(unet, found["lora"])
-        opt_student.load_state_dict(found["opt_student"])
-        opt_lora.load_state_dict(found["opt_lora"])
-        for average, saved in zip(ema, found["ema"]):
-            average.copy_(saved)
-        del found
-    networks = [student, unet]
-    if args.checkpointing:
-        for network in networks:
-            network.enable_gradient_checkpointing()
-    if args.compile:
-        networks = [torch.compile(network) for network in networks]
-    if ranks > 1:
-        networks = [DDP(network) for network in networks]
+    if args.init and (run.home.parent / "lora").is_dir():       # the LoRA teacher goes on too
+        model.load_part(run.home.parent, "lora", lambda path: load_lora_state(
+            unet, load_file(path / "adapter_model.safetensors")))
+    weights = {"student": list(student.parameters()), "lora": adapters}
+    rates = {"student": args.lr, "lora": args.lora_lr}
+    opts = {name: torch.optim.AdamW(weights[name], rates[name], betas=(args.beta1, args.beta2),
+                                    weight_decay=args.weight_decay, fused=device.type == "cuda")
+            for name in rates}
+    weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
+    resume(run, weights, opts)
+    nets = prepare(run, args, {"student": student, "lora": unet})
 
     # ---- three handles: adapters off, the frozen UNet is the teacher; on, the LoRA teacher -----
-    student_eps, lora_eps = (denoiser(network, amp) for network in networks)
+    student_eps, lora_eps = (denoiser(net, run.amp) for net in nets.values())
 
     def teacher_eps(x, t, text):
         with lora_disabled(unet):
             return lora_eps(x, t, text)
 
-    alpha, sigma, null = pipe.alpha, pipe.sigma, pipe.encode_text([""])
-    step_size = args.batch_size * args.grad_accum * ranks
-    millions = [sum(p.numel() for p in ps) / 1e6 for ps in (student.parameters(), adapters)]
-    say(json.dumps(config))
-    say(f"{args.batch_size} x {args.grad_accum} accumulated x {ranks} processes = {step_size} "
-        f"captions a step, latents {pipe.latent_shape}, alpha_T {alpha[-1]:.6f}, sigma_T "
-        f"{sigma[-1]:.6f}, student {millions[0]:.1f} M, LoRA {millions[1]:.2f} M parameters, "
-        f"{device.type} {config['precision']}, from step {first_step}")
+    millions = [sum(w.numel() for w in weights[name]) / 1e6 for name in rates]
+    run.say(json.dumps(run.config))
+    run.say(f"{args.batch_size} x {args.grad_accum} accumulated x {run.ranks} processes = "
+            f"{run.step_size} captions a step, latents {run.shape}, alpha_T {alpha[-1]:.6f}, "
+            f"sigma_T {sigma[-1]:.6f}, student {millions[0]:.1f} M, LoRA {millions[1]:.2f} M "
+            f"parameters, {device.type} {run.config['precision']}, from step {run.first_step}")
 
     def save(step):
-        """Write the checkpoint, the student and the adapters; each file is replaced whole."""
-        if rank > 0:
-            return
-        replace_file(out / "checkpoint.pt", lambda path: torch.save({
-            "step": step, "config": config, "digest": digest, "ema": ema,
-            "student": student.state_dict(), "opt_student": opt_student.state_dict(),
-            "lora": lora_state(unet), "opt_lora": opt_lora.state_dict()}, path))
-        write_student(out / "student", student, ema, pipe, step, config,
-                      f"python train.py {shlex.join(argv)}")
-        save_lora(unet, out / "lora", args.lora_rank, args.lora_alpha)
+        if run.rank == 0:
+            save_run(run, step, weights, opts, log)
+            save_lora(unet, run.out / "lora", args.lora_rank, args.lora_alpha)
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
-    log = Log(out, first_step, "a smaller --lr or --lora_lr, or with --precision fp32", rank)
-    if first_step >= args.max_steps:        # finished, but perhaps killed between two files
-        save(first_step)
-    bar = tqdm(range(first_step, args.max_steps), initial=first_step, total=args.max_steps,
-               desc="distil", disable=rank > 0)
+    log, stopped = Log(run), stop_signals(run)
+    if run.first_step >= args.max_steps:        # finished, but perhaps killed between two files
+        save(run.first_step)
+    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
+               desc="distil", disable=run.rank > 0)
     for step in bar:
-        for optimizer, rate in ((opt_student, args.lr), (opt_lora, args.lora_lr)):
-            optimizer.param_groups[0]["lr"] = rate * learning_rate(step, args)
-            optimizer.zero_grad()
+        for name, opt in opts.items():
+            opt.param_groups[0]["lr"] = rates[name] * learning_rate(step, args)
+            opt.zero_grad()
 
         for micro in range(args.grad_accum):
-            first = ((step * args.grad_accum + micro) * ranks + rank) * args.batch_size
+            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
             numbers = range(first, first + args.batch_size)
-            z_T, eps, eps_lora, t, t_lora, u = (x.to(device, non_blocking=True) for x in draw_batch(
-                numbers, args.seed, pipe.latent_shape, args.t_min, args.t_max, pipe.T))
-            text = pipe.encode_text([caption_at(captions, args.seed, n) for n in numbers])
-            for network in networks:        # DDP averages gradients once a step
-                network.require_backward_grad_sync = micro == args.grad_accum - 1
+            z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
+                numbers, args.seed, run.shape, args.t_min, args.t_max, run.T))
+            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
+            for net in nets.values():           # DDP averages gradients once a step
+                net.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: one pass from noise to x0, moved along the two teachers' difference.
             x0 = one_step(student_eps, z_T, text, alpha, sigma, args.parameterization,
@@ -237,27 +463,31 @@ def main(argv=None):
             log.add("lora", lora, t_lora)
             log.add("x0_std", x0.std((1, 2, 3)))
 
-        limit = args.grad_clip or math.inf
-        for name, ps in (("grad_student", list(student.parameters())), ("grad_lora", adapters)):
-            norm = torch.nn.utils.clip_grad_norm_(ps, limit)
-            log.add_gradient(name, norm, step)          # the run ends where it is not finite
-        opt_student.step()
-        opt_lora.step()
-        if ema:                             # the average is shorter in the first steps
+        for name, opt in opts.items():
+            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or math.inf)
+            log.add(f"grad_{name}", norm)       # the run ends where it is not finite
+            opt.step()
+        if args.ema:                            # the average is shorter in the first steps
             rate = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(ema, [p.detach() for p in student.parameters()], 1 - rate)
+            torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 
-        done = step + 1
-        due_save = done == args.max_steps or done % args.save_every == 0
-        if due_save or done % args.log_every == 0:      # at each save: a resumed log has no gap
-            line = log.write(done, step_size)
+        done, signalled = step + 1, stopped()
+        due = signalled or done == args.max_steps or done % args.save_every == 0
+        if due or done % args.log_every == 0:   # at each save: a resumed log has no gap
+            line = log.write(done)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in ("vsd", "lora", "x0_std")})
-        if due_save:
+        if due:
             save(done)
+            log.time = time.time()              # saving is not training
+        if args.keep_every and done % args.keep_every == 0 and run.rank == 0:
+            save_student(run, run.out / f"student-{done}", done, weights)
+        if signalled:
+            run.say(f"stopped behind step {done}, which is saved; the same command goes on")
+            return 128 + signalled
 
-    say(f"student: {out / 'student'}; hear it: python sample.py --student {out / 'student'} "
-        '--prompt "..."')
+    run.say(f"student: {run.out / 'student'}; hear it: python sample.py --student "
+            f'{run.out / "student"} --prompt "..."')
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)
