@@ -5,6 +5,7 @@ micro-batches and processes, and whether or not the run was interrupted: all of 
 of (seed, n), so there is no state to save.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -26,6 +27,12 @@ import torch.distributed as dist
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line that says what to do."""
+
+
+def require(fine, message):
+    """InputError with this message, unless all is fine."""
+    if not fine:
+        raise InputError(message)
 
 
 def cli(main):
@@ -52,9 +59,6 @@ def cli(main):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the defaults that say something."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32)
-
     def _get_help_string(self, action):
         empty = str(action.default) in ("None", "False", "[]")
         return action.help if empty else super()._get_help_string(action)
@@ -64,8 +68,9 @@ class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and complains in one line."""
 
     def __init__(self, description, **kw):
-        kw.setdefault("formatter_class", HelpFormatter)
-        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False, **kw)
+        wide = functools.partial(HelpFormatter, max_help_position=32)
+        super().__init__(description=description.split("\n\n")[0], formatter_class=wide,
+                         allow_abbrev=False, **kw)
 
     def error(self, message):
         raise InputError(message.removeprefix("argument "))
@@ -101,8 +106,11 @@ def replace_file(path, save):
         os.chmod(temporary, 0o644)                      # safetensors leaves files private
         os.replace(temporary, path)
     except Exception as e:                              # each library has its own error
-        full = "; the disk is full" if shutil.disk_usage(Path(path).parent).free < 2**20 else ""
-        temporary.unlink(missing_ok=True)
+        folder, full = Path(path).parent, ""
+        if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
+            full = "; the disk is full"
+        with contextlib.suppress(OSError):              # it may be another user's
+            temporary.unlink()
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{path}: not saved ({reason}){full}. What was there before is intact")
 
@@ -124,9 +132,10 @@ def read_rows(path, column=None):
     Raises InputError where the file is missing, not UTF-8 or not what its ending says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; pass a .csv, .tsv, .txt, .json or .jsonl file")
-    content, kind = path.read_bytes(), path.suffix.lower()
+    kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
+    require(path.is_file(), f"{path}: no such file; pass a {known} file")
+    require(kind in known.replace(",", "").split(), f"{path}: unknown ending {kind!r}; use {known}")
+    content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -134,11 +143,7 @@ def read_rows(path, column=None):
         raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
     if kind in (".csv", ".tsv"):
         return csv_rows(path, text, "\t" if kind == ".tsv" else ",")
-    if kind == ".txt":
-        return text.splitlines()
-    if kind in (".json", ".jsonl"):
-        return json_rows(path, text, column)
-    raise InputError(f"{path}: unknown ending {kind!r}; use .csv, .tsv, .txt, .json or .jsonl")
+    return text.rstrip("\n").split("\n") if kind == ".txt" else json_rows(path, text, column)
 
 
 def csv_rows(path, text, delimiter):
@@ -148,20 +153,16 @@ def csv_rows(path, text, delimiter):
     header, rows = [], []
     try:
         for cells in filter(None, table):
-            if not header:
-                header = cells
-                if others := [c for c in ";\t|," if len(cells) == 1 and c in cells[0]]:
-                    raise InputError(f"{path}: its columns are separated by {others[0]!r}, where "
-                                     f"a {path.suffix} has {delimiter!r}; convert it")
-            elif len(cells) > len(header):
-                raise InputError(f"{path}: row {len(rows) + 1} has {len(cells)} cells, the header "
-                                 f"{len(header)}; put quotes around text that holds {delimiter!r}")
-            else:
-                rows.append(dict(itertools.zip_longest(header, cells)))
+            header = header or cells
+            others = [c for c in ";\t|," if len(header) == 1 and c in header[0]]
+            require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where "
+                                f"a {path.suffix} has {delimiter!r}; convert it")
+            require(len(cells) <= len(header), f"{path}: row {len(rows)} has {len(cells)} cells, "
+                    f"the header {len(header)}; put quotes around text that holds {delimiter!r}")
+            rows.append(dict(itertools.zip_longest(header, cells)))
     except csv.Error as e:
-        raise InputError(f"{path}: row {len(rows) + 1}: a quote is not closed where its cell ends; "
-                         f'write "" for a quote within quotes ({e})')
-    return rows
+        raise InputError(f"{path}: row {len(rows)}: a quote is opened and not closed ({e})")
+    return rows[1:]
 
 
 def json_rows(path, text, column):
@@ -184,17 +185,20 @@ def json_rows(path, text, column):
         return isinstance(row, dict) and (column in row or bool(caption_columns(tuple(row))))
 
     whole = values[0] if len(values) == 1 else None
-    if isinstance(whole, dict) and not captioned(whole) and path.suffix.lower() == ".json":
-        lists = {k: v for k, v in whole.items() if isinstance(v, list) and any(map(captioned, v))}
-        splits = lists or {k: v for k, v in whole.items() if k.lower() in SPLITS}
-        if len(splits) > 1:
-            raise InputError(f"{path}: holds captions in each of {', '.join(splits)}; write the "
-                             "one to use to a file of its own")
-        rows = [v for v in whole.values() if isinstance(v, list) and isinstance((v or [0])[0], dict)]
-        return next(iter([*lists.values(), *rows]), None) or [
-            v for v in whole.values() if captioned(v) or isinstance(v, list)] or [
-            v for v in whole.values() if isinstance(v, str)]
-    return whole if isinstance(whole, list) else values
+    if not isinstance(whole, dict) or path.suffix.lower() != ".json":
+        return whole if isinstance(whole, list) else values
+    tables = {k: v for k, v in whole.items()
+              if isinstance(v, list) and any(isinstance(row, dict) for row in v)}
+    found = {k: v for k, v in tables.items() if any(map(captioned, v))}
+    if captioned(whole) and not found:
+        return values                                   # one row
+    several = [*found] or [k for k in whole if k.lower() in SPLITS]
+    require(len(several) < 2, f"{path}: holds captions in each of {', '.join(several[:9])}; write "
+                              "the one to use to a file of its own")
+    if tables:
+        return next(iter((found or tables).values()))
+    by_id = ([v for v in whole.values() if isinstance(v, kind)] for kind in (list, dict, str))
+    return next(filter(None, by_id), [])
 
 
 @functools.lru_cache
@@ -215,17 +219,15 @@ def read_captions(path, column=None, limit=None):
     for n, row in enumerate(rows, 1):
         if isinstance(row, dict):
             columns = [column] if column else caption_columns(tuple(row))
-            if not columns or columns[0] not in row:
-                looked_for = repr(column) if column else "named like " + ", ".join(NAMES)
-                raise InputError(f"{path}: row {n} has no column {looked_for}; it has "
-                                 f"{', '.join(map(str, row))}; say which with --caption_column")
+            looked_for = repr(column) if column else "named like " + ", ".join(NAMES)
+            require(columns and columns[0] in row, f"{path}: row {n} has no column {looked_for}; "
+                    f"it has {', '.join(map(str, row))}; say which with --caption_column")
             row = [row[name] for name in columns]
         cells = row if isinstance(row, list) else [row]
         cells = [c for cell in cells for c in (cell if isinstance(cell, list) else [cell])]
         found += [" ".join(c.split()) if isinstance(c, str) else "" for c in cells]
     captions = list(dict.fromkeys(filter(None, found)))
-    if not captions:
-        raise InputError(f"{path}: holds no caption ({len(rows)} rows read)")
+    require(captions, f"{path}: holds no caption ({len(rows)} rows read)")
     empty = found.count("")
     counts = {"rows": len(rows), "empty": empty, "duplicates": len(found) - empty - len(captions)}
     return captions[:limit], counts

@@ -9,6 +9,12 @@ indexed by t. Every loss is (B,), the mean over a sample's elements; train.py av
 import torch
 
 
+def check(name, known):
+    """ValueError where a name is none of those that are known."""
+    if name not in known:
+        raise ValueError(f"{name!r} is none of {known}")
+
+
 def at(values, t):
     """Pick the schedule's values for timesteps t (B,), shaped to multiply latents."""
     return values[t].view(-1, 1, 1, 1)                                      # (B, 1, 1, 1)
@@ -22,6 +28,7 @@ def one_step(eps, z_T, text, alpha, sigma, parameterization="eps", t=None):
     t below T takes the step from x_t = sigma_t z_T instead, a clip of zeros noised to t, as
     SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.7 times as large.
     """
+    check(parameterization, ("eps", "direct"))
     T = len(alpha) - 1
     x_t = z_T if t in (None, T) else sigma[t] * z_T
     t = torch.full((len(z_T),), T if t is None else t, device=z_T.device)
@@ -62,6 +69,7 @@ def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma, weighting="sigma2"):
     The value, 0.5 mean (w (eps_teacher - eps_fake))^2, says how far apart the two are. It need
     not fall while the student learns.
     """
+    check(weighting, ("sigma2", "dmd"))
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
         eps_teacher = teacher(x_t, t, text)
@@ -78,6 +86,7 @@ def tv_loss(x0, kind="l1"):
 
     Eq. 7 adds it to eq. 3 with weight lambda, which is --tv_weight in train.py.
     """
+    check(kind, ("l1", "l2", "none"))
     d = x0[..., 1:] - x0[..., :-1]
     if kind == "none":
         return torch.zeros_like(d[:, 0, 0, 0])
@@ -91,6 +100,7 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     (arXiv 2202.00512). That is alike in size at every t; alpha_t^2 all but leaves out the high
     t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """
+    check(weighting, ("alpha2", "v"))
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
     w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
     return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError, read_json, sampling_noise
+from data import InputError, read_json, require, sampling_noise
 from losses import guided, one_step
 
 transformers.utils.logging.disable_progress_bar()       # bars for reading files are noise,
@@ -56,26 +56,19 @@ def find(name, files, skip=()):
         return TINY
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise InputError(f"{name}: no such folder, and not a name on the hub (user/model)")
+    require(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)),
+            f"{name}: no such folder, and not a name on the hub (user/model)")
     skip = ["*.*.safetensors", "*.*.bin", "*checkpoint.pt", *skip]      # and fp16 variants
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files,
-                                                      ignore_patterns=skip))
+        return Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=files, ignore_patterns=skip))
     except Exception as e:
-        raise InputError(f"{name}: not a folder here, and the hub did not give it ({cause(e)}); "
-                         "download it elsewhere and pass its folder instead")
+        raise InputError(f"{name}: no folder here, nor had of the hub ({cause(e)}); pass a folder")
 
 
 def cause(error):
     """What a library said went wrong, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def full_name(teacher):
-    """Name a teacher the same wherever it is named from: "tiny", an absolute folder, a hub name."""
-    local = teacher != "tiny" and Path(teacher).is_dir()
-    return str(Path(teacher).resolve()) if local else teacher
 
 
 def read_settings(folder):
@@ -86,16 +79,17 @@ def read_settings(folder):
 
 def open_student(name):
     """Find a student's UNet: (folder, subfolder, its swiftaudio.json or the like)."""
-    if name == "out/student" and not Path(name).exists():
-        raise InputError("out/student: no student there yet; train one (python train.py --teacher "
-                         "tiny) or pass --student")
+    require(name != "out/student" or Path(name).exists(), "out/student: no student there yet; "
+            "train one (python train.py --teacher tiny) or pass --student")
     folder = find(name, STUDENT)
     if (folder / "swiftaudio.json").exists() and (folder / "config.json").exists():
-        return folder, "", read_json(folder / "swiftaudio.json")
-    if (folder / "unet").is_dir():          # a complete model, such as the paper authors' own
-        return folder, "unet", {"teacher": name, "parameterization": "eps"}
-    raise InputError(f"{name}: neither a student of train.py (config.json and swiftaudio.json) nor "
-                     "a complete model (unet/, ...)")
+        about = read_json(folder / "swiftaudio.json")
+        require({"teacher", "parameterization"} <= set(about),
+                f"{folder}/swiftaudio.json: names no teacher or parameterization")
+        return folder, "", about
+    require((folder / "unet").is_dir(), f"{name}: neither a student of train.py (config.json and "
+            "swiftaudio.json) nor a complete model (unet/, ...)")
+    return folder, "unet", {"teacher": name, "parameterization": "eps"}     # the authors' own is so
 
 
 # ---- where it runs -------------------------------------------------------------------------------
@@ -114,9 +108,8 @@ def sampling_dtype(device):
     Eq. 1 multiplies an error of eps by 14.6. Tiny student, mean error of the log-mel: fp16 0.006,
     bf16 0.049 (docs/LOG.md, 2026-11-21).
     """
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if has_bf16(device) else torch.float32
+    half = torch.bfloat16 if has_bf16(device) else torch.float32
+    return torch.float16 if device.type == "cuda" else half
 
 
 def pick_device(name=None, exact=False):
@@ -143,8 +136,7 @@ def pick_device(name=None, exact=False):
 def load_part(folder, part, load):
     """Return load(folder / part); whatever goes wrong is one line that names the part."""
     path = Path(folder) / part                          # part "" is the folder itself
-    if not path.is_dir():
-        raise InputError(f"{folder}: lacks {part}/ (README, 'A teacher on disk')")
+    require(path.is_dir(), f"{folder}: lacks {part}/ (README, 'A teacher on disk')")
     try:
         return load(path)
     except InputError:
@@ -157,24 +149,20 @@ def pretrained(cls, **kw):
     """Make a loader in fp32 that refuses missing weights, which the libraries leave random."""
     def load(path):
         network, info = cls.from_pretrained(path, output_loading_info=True, **kw)
-        if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{path}: lacks {len(missing)} weights, {missing[0]} for one")
+        missing = sorted(info["missing_keys"])
+        require(not missing, f"{path}: lacks {len(missing)} weights, {missing[:1]} for one")
         return network.float().requires_grad_(False).eval()
     return load
 
 
-# transformers would otherwise load the dtype that config.json names, rounding the weights to it
-load_clip = pretrained(CLIPTextModel, dtype=torch.float32)
-
-
 def load_unet(folder, part="unet", dtype=torch.float32, fits=None):
-    """Load the UNet2DConditionModel of a folder, frozen. fits: a teacher's folder to check it by."""
+    """Load the UNet2DConditionModel of a folder, frozen. fits: the teacher that it must fit."""
     unet = load_part(folder, part, pretrained(UNet2DConditionModel))
     theirs = read_json(fits / "unet/config.json") if fits else {}
     for key in ("in_channels", "out_channels", "cross_attention_dim"):
-        if theirs.get(key, unet.config[key]) != unet.config[key]:
-            raise InputError(f"the student does not fit its teacher {fits}: {key} "
-                             f"{unet.config[key]}, the teacher has {theirs[key]}")
+        ours = unet.config[key]
+        require(theirs.get(key, ours) == ours, f"the student does not fit its teacher {fits}: "
+                f"{key} {ours}, the teacher has {theirs.get(key)}")
     return unet.to(dtype, memory_format=torch.channels_last)
 
 
@@ -182,11 +170,10 @@ def load_scheduler(folder):
     """Load a folder's diffusers scheduler; InputError where this method cannot use it."""
     found = load_part(folder, "scheduler", lambda path: getattr(diffusers, read_json(
         path / "scheduler_config.json")["_class_name"]).from_pretrained(path))
-    if (found.config.get("prediction_type") != "epsilon" or not hasattr(found, "alphas_cumprod")
-            or found.alphas_cumprod[-1] <= 0):
-        raise InputError(f"{folder}/scheduler: only diffusion teachers that predict epsilon and "
-                         "have alpha_T above 0 are supported, as eq. 1 divides by it; this one is "
-                         f"{type(found).__name__} {dict(found.config)}"[:400])
+    kind, alphas = found.config.get("prediction_type"), getattr(found, "alphas_cumprod", [0])
+    require(kind == "epsilon" and alphas[-1] > 0, f"{folder}/scheduler: {type(found).__name__}, "
+            f"prediction_type {kind}, alpha_T^2 = {float(alphas[-1]):.2g}; only teachers that "
+            "predict epsilon are supported, with alpha_T above 0, as eq. 1 divides by it")
     return found
 
 
@@ -203,9 +190,8 @@ def latent_shape(folder, seconds=None):
     seconds = seconds or read_settings(folder).get("seconds", 10.24)
     stride = 2 ** (len(vae["block_out_channels"]) - 1)                  # 8
     width = seconds * RATE / HOP / stride
-    if abs(width - round(width)) > 1e-6:
-        raise InputError(f"--seconds {seconds}: not a multiple of {stride * HOP / RATE} s, one "
-                         "column of latents")
+    require(abs(width - round(width)) < 1e-6, f"--seconds {seconds}: not a multiple of "
+            f"{stride * HOP / RATE} s, one column of latents")
     return vae["latent_channels"], vocoder["num_mels"] // stride, round(width)
 
 
@@ -218,12 +204,13 @@ class TextEncoder(nn.Module):
         conditions = Path(folder) / "condition_config.json"
         if conditions.exists():             # Auffusion's older layout: an adapter behind the text
             listed, names = read_json(conditions), ("text_encoder_name", "condition_adapter_name")
-            if len(listed) != 1 or not all(name in listed[0] for name in names):
-                raise InputError(f"{conditions}: must list one {' and one '.join(names)}")
+            require(len(listed) == 1 and set(names) <= set(listed[0]),
+                    f"{conditions}: must list one {' and one '.join(names)}")
             encoder = tokenizer = listed[0][names[0]]
             self.adapter = load_part(folder, listed[0][names[1]], load_adapter)
         self.tokenizer = load_part(folder, tokenizer, AutoTokenizer.from_pretrained)
-        self.clip = load_part(folder, encoder, load_clip)
+        # transformers would otherwise round the weights to the dtype that config.json names
+        self.clip = load_part(folder, encoder, pretrained(CLIPTextModel, dtype=torch.float32))
         self.tokens = self.clip.config.max_position_embeddings          # 77
 
     def tokenize(self, prompts, **kw):
@@ -241,20 +228,16 @@ class TextEncoder(nn.Module):
         return text * torch.tensor([p != "" for p in prompts], device=text.device)[:, None, None]
 
     def unread(self, prompts):
-        """What is not read of each prompt: words past the encoder's length, words it never saw.
-
-        Returns {prompt: in words}, of the prompts that it concerns.
-        """
-        tokenizer, found = self.tokenizer, {}
+        """What is not read of prompts, as {prompt: why}: words past the end, words never seen."""
+        tokenizer, found, prompts = self.tokenizer, {}, list(prompts)
         # CLIP's own vocabulary has every word, in pieces; its unk is its end token
         unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-        for prompt, ids in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids):
+        for prompt, ids in zip(prompts, prompts and tokenizer(prompts, verbose=False)["input_ids"]):
             if len(ids) > self.tokens:
                 cut = tokenizer.decode(ids[self.tokens - 1:-1])
                 found[prompt] = f"{len(ids)} tokens, {self.tokens} fit; cut: {cut!r}"
             elif unknown & set(ids):
-                words = [repr(word) for word in prompt.split() if unknown
-                         & set(tokenizer(word, add_special_tokens=False).input_ids)]
+                words = [repr(w) for w in prompt.split() if unknown & set(tokenizer.encode(w))]
                 found[prompt] = f"{prompt!r}: the teacher has never seen {', '.join(words)}"
         return found
 
@@ -306,15 +289,14 @@ def image_to_mel(image):
 def load_vocoder(path):
     """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1].
 
-    HiFi-GAN (arXiv 2010.05646) as published: config.json, and vocoder.pt with {"generator":
-    state_dict}, whose weight norm is folded in. Or Griffin-Lim, which has no weights, where
-    config.json is {"num_mels": ..., "griffin_lim": steps}.
+    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in: config.json, vocoder.pt
+    with {"generator": state_dict}. Or Griffin-Lim: {"num_mels": ..., "griffin_lim": steps}.
     """
     config = read_json(path / "config.json")
     if "griffin_lim" in config:
         return GriffinLim(config["num_mels"], config["griffin_lim"])
-    if str(config["resblock"]) != "1":
-        raise InputError(f"{path}/config.json: only HiFi-GAN's resblock 1 is supported")
+    require(str(config["resblock"]) == "1",
+            f"{path}/config.json: only HiFi-GAN's resblock 1 is supported")
     try:
         stored = torch.load(path / "vocoder.pt", map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -389,10 +371,9 @@ def steps_of(scheduler, steps, device="cpu"):
     """A fresh scheduler set to `steps`; InputError where it would not start from noise."""
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps, device=device)
-    first = int(scheduler.timesteps[0])
-    if first < 0.9 * len(scheduler.alphas_cumprod):     # "leading": 2 steps would start at t = 501
-        raise InputError(f"{steps} steps: this teacher's scheduler would start at t = {first}, "
-                         "where x_t is not yet noise; ask for 1, or for more")
+    first = int(scheduler.timesteps[0])                 # "leading": 501 for 2 steps
+    require(first >= 0.9 * len(scheduler.alphas_cumprod), f"{steps} steps: this teacher's "
+            f"scheduler would start at t = {first}, where x_t is not yet noise; ask for more, or 1")
     return scheduler
 
 
@@ -411,12 +392,13 @@ def many_steps(eps, z_T, text, scheduler, steps):
 class System:
     """A text-to-audio model from prompts to sound, made by load_student() or load_teacher().
 
-    system(prompts) gives waveforms; latents(z_T, text) is what its UNet does, differentiable in
-    z_T. Has encode_text, decoder, unet, shape (C, h, w) of the latents, seconds, and about, a dict
-    that says which system it is. seconds, small: see latent_shape() and Decoder.
+    These set latents(z_T, text), what its UNet does in one step or many, differentiable in z_T.
+    Has encode_text, decoder, unet, shape (C, h, w) of the latents, seconds, and about, a dict that
+    says which system it is. seconds, small: see latent_shape() and Decoder.
     """
 
     def __init__(self, folder, unet, about, seconds, precision, device, small=None):
+        require(precision in ("auto", "fp32"), f"precision {precision!r}: is auto or fp32")
         self.device = device = pick_device(device, exact=precision == "fp32")
         dtype = sampling_dtype(device) if precision == "auto" else torch.float32
         self.folder, self.about = folder, {**about, "dtype": str(dtype)}
@@ -429,20 +411,20 @@ class System:
         self.eps, self.null = denoiser(unet), self.encode_text([""])
 
     def noise(self, numbers, seed):
-        """z_T (B, C, h, w) of clips with these numbers, on the system's device."""
+        """z_T (B, C, h, w) of clips with these numbers, the k of sample.py, on the device."""
         return sampling_noise(numbers, seed, self.shape).to(self.device)
 
     @torch.no_grad()
     def make(self, prompts, z_T):
         """Make log-mels (B, num_mels, frames) and waveforms (B, N) of prompts, on the CPU."""
         mel = self.decoder.decode(self.latents(z_T, self.encode_text(prompts)))
-        if not mel.isfinite().all():
-            raise InputError(f"{self.about}: its clips are not finite, so nothing was written; is "
-                             "it damaged, or did its training diverge?")
+        require(mel.isfinite().all(), f"{self.about}: makes clips that are not finite; is it "
+                "damaged, or did its training diverge?")
         return mel.cpu(), self.decoder.vocode(mel).cpu().numpy()
 
     def __call__(self, prompts, seed=0, k=0):
         """Waveforms (B, N) in [-1, 1] at RATE, clip k of each prompt: numpy, as in sample.py."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         return self.make(prompts, self.noise([k] * len(prompts), seed))[1]
 
 
@@ -453,12 +435,16 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
     teacher: if not the student's own. seconds: length of a clip. decoder "fast": the small one that
     recipes/decoder.py made for it. precision "fp32" in place of the device's fastest.
     """
+    require(decoder in ("vae", "fast"), f"decoder {decoder!r}: is vae or fast")
     folder, part, made = open_student(name)
     small = folder / "decoder" if decoder == "fast" else None
-    if small and not (small / "config.json").exists():
-        raise InputError(f"{small}: not there; make it: python -m recipes.decoder --student {name}")
-    home = find(teacher or made["teacher"], TO_HEAR, skip=["unet/diffusion*"])
-    about = {"student": name, "folder": str(folder / part), "steps": 1}
+    require(small is None or (small / "config.json").exists(),
+            f"{small}: not there; make it: python -m recipes.decoder --student {name}")
+    try:
+        home = find(teacher or made["teacher"], TO_HEAR, skip=["unet/diffusion*"])
+    except InputError as e:                             # it may name another machine's folder
+        raise InputError(f"the teacher of {name}, {e}; pass --teacher")
+    about = {"student": str(name), "folder": str(folder / part), "steps": 1}
     unet = load_unet(folder, part, fits=home)
     system = System(home, unet, {**about, "decoder": str(small)} if small else about,
                     seconds or made.get("seconds"), precision, device, small)
@@ -473,6 +459,7 @@ def load_teacher(name, steps, guidance=None, seconds=None, precision="auto", dev
 
     guidance: None takes the one that its folder names, else 7.5.
     """
+    require(1 <= steps <= 1000, f"steps {steps}: must be between 1 and 1000")
     folder = find(name, TO_HEAR)
     if guidance is None:
         guidance = read_settings(folder).get("sample", {}).get("guidance", 7.5)

@@ -15,8 +15,8 @@ import soundfile
 from PIL import Image
 from tqdm import tqdm
 
-from data import InputError, Parser, cli, number, read_captions, read_json, replace_file
-from data import replace_text
+import data
+from data import Parser, cli, number, read_json, replace_file, require
 from model import LOG_MAX, LOG_MIN, RATE, load_student, load_teacher, open_student
 
 
@@ -36,17 +36,20 @@ def add_system(add):
     add("--device", help="cuda, mps or cpu; default: the first there is")
 
 
-def open_system(args, seconds=None):
-    """Load the System that add_system()'s flags select."""
+def open_system(args, seconds=None, prompts=()):
+    """Load the System that add_system()'s flags select; warn of what it cannot read of prompts."""
     more = dict(seconds=seconds, precision=args.precision, device=args.device)
     if not args.teacher_steps:
-        if args.guidance is not None:
-            raise InputError("--guidance goes with --teacher_steps: a student's is trained in")
-        return load_student(args.student, args.teacher, decoder=args.decoder, **more)
-    if args.decoder == "fast":
-        raise InputError("--decoder fast needs a student; it does not go with --teacher_steps")
-    teacher = args.teacher or open_student(args.student)[2]["teacher"]
-    return load_teacher(teacher, args.teacher_steps, args.guidance, **more)
+        require(args.guidance is None,
+                "--guidance goes with --teacher_steps: a student's is trained in")
+        system = load_student(args.student, args.teacher, decoder=args.decoder, **more)
+    else:
+        require(args.decoder == "vae", "--decoder fast does not go with --teacher_steps")
+        teacher = args.teacher or open_student(args.student)[2]["teacher"]
+        system = load_teacher(teacher, args.teacher_steps, args.guidance, **more)
+    for line in system.encode_text.unread(prompts).values():
+        print(f"warning: {line}")
+    return system
 
 
 def add_clips(add):
@@ -64,10 +67,9 @@ def read_prompts(args):
     """The distinct prompts of the command line and of --prompts: {prompt: where it stands}."""
     given = {" ".join(prompt.split()): "--prompt" for prompt in args.prompt}
     if args.prompts:
-        given = {**given, **dict.fromkeys(read_captions(args.prompts)[0], args.prompts)}
-    if not given or "" in given:
-        raise InputError('an empty prompt; pass --prompt "what it should sound like" or --prompts '
-                         "FILE")
+        given = {**given, **dict.fromkeys(data.read_captions(args.prompts)[0], args.prompts)}
+    require(given and "" not in given, 'an empty prompt; pass --prompt "what it should sound like" '
+            "or --prompts FILE")
     return given
 
 
@@ -98,24 +100,24 @@ def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     rows = read_json(path) if path.exists() else []
     known = {"file", "prompt", "seed", "k"}
-    if not isinstance(rows, list) or not all(known <= set(row) for row in rows):
-        raise InputError(f"{path}: is not sample.py's; choose another folder")
+    require(isinstance(rows, list) and all(known <= set(row) for row in rows),
+            f"{path}: is not sample.py's; choose another folder")
     return rows
 
 
-def write_clips(args, prompts, open_system):
+def write_clips(args, prompts, load, more={}):
     """Make --n clips of each prompt and write them, with their pictures and the manifest.
 
-    open_system: called once nothing is in the way; its make(prompts, z_T) makes the clips, and its
-    about goes into the manifest.
+    load: called once nothing is in the way; its system's make(prompts, z_T) makes the clips, whose
+    about goes into the manifest, as does more[prompt], a dict, where there is one.
     """
     out, names = Path(args.out), file_names(prompts, args.n, args.seed)
     paths = [out / f"{name}{ending}" for name in names.values() for ending in (".wav", ".png")]
-    if there := [path for path in paths if path.exists() and not args.overwrite]:
-        raise InputError(f"{there[0]} exists; pass --overwrite to replace it, or another --out or "
-                         "--seed")
+    for path in paths:
+        require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite to replace "
+                "it, or another --out or --seed")
     rows = {row["file"]: row for row in read_manifest(out)}
-    system = open_system()
+    system = load()
 
     jobs, started, bar = list(names), time.time(), tqdm(total=len(names), desc="clips")
     for i in range(0, len(jobs), args.batch_size):
@@ -128,9 +130,9 @@ def write_clips(args, prompts, open_system):
             replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16", format="WAV"))
             replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
             rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
-                               **system.about}
+                               **system.about, **more.get(prompt, {})}
         listed = json.dumps(list(rows.values()), indent=2, ensure_ascii=False)
-        replace_text(out / "manifest.json", listed + "\n")
+        data.replace_text(out / "manifest.json", listed + "\n")
         bar.update(len(part))
     bar.close()
 
@@ -147,14 +149,7 @@ def main(argv=None):
     add_clips(p.add_argument)
     args = p.parse_args(argv)
     prompts = read_prompts(args)
-
-    def opened():
-        system = open_system(args, args.seconds)
-        for line in system.encode_text.unread(prompts).values():
-            tqdm.write(f"warning: {line}")
-        return system
-
-    write_clips(args, prompts, opened)
+    write_clips(args, prompts, lambda: open_system(args, args.seconds, prompts))
 
 
 if __name__ == "__main__":

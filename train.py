@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import data
 import model
-from data import InputError, Parser, caption_at, cli, draw_batch, number, read_captions
-from data import replace_file, replace_text
+from data import InputError, Parser, caption_at, cli, draw_batch, number, replace_file, require
 from lora import TARGETS, inject, load_lora_state, lora_disabled, save_lora
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import denoiser, load_unet, read_settings
@@ -40,22 +40,20 @@ from model import denoiser, load_unet, read_settings
 # ---- flags ---------------------------------------------------------------------------------------
 
 count, positive, beta = number(int, 1), number(float), number(float, 0, 0.99999)
+AUFFUSION = "auffusion/auffusion-full-no-adapter"
 
 
 def add_run(add):
     """Add what every training script has: what to distil, optimization, machine and output."""
-    add("--teacher", default="auffusion/auffusion-full-no-adapter",
-        help='hub name, folder, or "tiny"')
+    add("--teacher", default=AUFFUSION, help='hub name, folder, or "tiny"')
     add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
-    add("--preset", choices=("teacher", "paper"), default="teacher",
-        help="whose defaults: the teacher's own, if it has some, or the paper's")
+    add("--preset", choices=("teacher", "paper"), default="teacher", help="whose defaults to use")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--max_captions", type=count, help="use only the first so many")
     add("--out_dir", default="out", help="folder for everything that is written")
     add("--seed", type=number(int), default=0, help="of all that is drawn at random")
-    add("--parameterization", choices=("eps", "direct"), default="eps",
-        help="eq. 1, or the network's output as x0")
+    add("--parameterization", choices=("eps", "direct"), default="eps", help="direct: x0 itself")
     add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
     # rates and batch are the paper's (section IV-A), betas and weight decay AdamW's own
@@ -77,8 +75,7 @@ def add_run(add):
     add("--compile", action="store_true", help="torch.compile the UNets")
     add("--checkpointing", action="store_true", help="recompute activations to save memory")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
-    add("--keep_every", type=number(int), default=5000,
-        help="steps between students kept as student-N/; 0: none")
+    add("--keep_every", type=number(int), default=5000, help="keep student-N/ so often; 0: never")
     add("--log_every", type=count, default=10, help="steps between lines of metrics.jsonl")
 
 
@@ -86,8 +83,7 @@ def add_vsd(add):
     """Add the method's own flags: the paper's values; t, targets and drop are SwiftBrush's."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3")
-    add("--lora_weighting", choices=("alpha2", "v"), default="alpha2",
-        help="weight of eq. 8: alpha_t^2 (paper) or 1/alpha_t^2 (error of v)")
+    add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
     add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=count, default=64, help="rank r of the LoRA teacher")
@@ -100,17 +96,14 @@ def add_vsd(add):
 
 
 # What a run that starts from a student takes over from the run that made it, unless given.
-KEPT = ("captions", "caption_column", "max_captions", "guidance", "lora_guidance", "weighting",
-        "lora_weighting", "tv", "tv_weight", "lora_rank", "lora_alpha", "lora_targets", "lora_drop",
-        "t_min", "t_max")
+KEPT = ("captions caption_column max_captions guidance lora_guidance weighting lora_weighting tv "
+        "tv_weight lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
 
 
-def words(values, path, p):
-    """{flag: value} of a file as words of a command line that p parses; InputError if it cannot."""
-    found = []
-    for name, value in values.items():
-        if value is not None and value is not False:
-            found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+def words(p, values, path):
+    """{flag: value} of a file as words of a command line; InputError where p cannot parse them."""
+    found = [f"--{name}" if value is True else f"--{name}={value}"
+             for name, value in values.items() if value is not None and value is not False]
     try:
         p.parse_args(found)
     except InputError as e:
@@ -129,31 +122,32 @@ def parse_run(p, argv):
             kept.pop("lora_guidance", None)             # "same as --guidance", which may be given
         if args.captions:
             kept.update(caption_column=None, max_captions=None)
-        init = words({**kept, "teacher": about["teacher"], "student_t": about.get("timestep"),
-                      "parameterization": about["parameterization"]}, folder, p)
+        kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
+        kept.update(parameterization=about["parameterization"])
+        init = words(p, kept, folder)
         args = p.parse_args([*init, *argv])
     home = model.find(args.teacher, model.SETTINGS)
     own = read_settings(home).get("train", {})
     if "captions" in own:
         own["captions"] = str(home / own["captions"])
-    if p.prog != "train.py":                            # a recipe has not all of these flags
-        own = {k: v for k, v in own.items() if k in args}
     if args.preset == "paper":
-        own = {k: v for k, v in own.items() if k == "captions"}
-    args = p.parse_args([*words(own, home / "swiftaudio.json", p), *init, *argv])
-    if args.captions is None:
-        raise InputError("--captions FILE is needed")
-    args.captions = str(Path(args.captions).resolve())
+        own = {k: own[k] for k in own if k == "captions"}
+    elif p.prog != "train.py":                          # a recipe has not all of its flags
+        own = {k: own[k] for k in own if k in args}
+    args = p.parse_args([*words(p, own, home / "swiftaudio.json"), *init, *argv])
+    require(args.captions, "--captions FILE is needed")
+    args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
+    if args.teacher != "tiny" and Path(args.teacher).is_dir():
+        args.teacher = str(Path(args.teacher).resolve())
     return args
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, prog="train.py")
+    p = Parser(__doc__, prog="train.py", usage="python train.py [flags]")
     add_run(p.add_argument)
     add_vsd(p.add_argument)
     args = parse_run(p, argv)
-    if args.t_min >= args.t_max:
-        raise InputError(f"--t_min {args.t_min} must be below --t_max {args.t_max}")
+    require(args.t_min < args.t_max, f"--t_min {args.t_min} must be below --t_max {args.t_max}")
     if args.lora_guidance is None:
         args.lora_guidance = args.guidance
     return args
@@ -168,43 +162,49 @@ def learning_rate(step, args):
 
 
 def start(args):
-    """Start the processes and load all but the UNets: a namespace of what the loop needs."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = model.pick_device(args.device, exact=args.precision == "fp32")
-    if ranks > 1:
+    """Start the processes and load all that a training script needs: a namespace of it."""
+    run = SimpleNamespace(out=Path(args.out_dir), first_step=0, lines=[])
+    run.rank, run.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    run.say = tqdm.write if run.rank == 0 else lambda line: None
+    run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
+    if run.ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    auto = device.type == "cuda" and model.has_bf16(device)
-    bf16 = auto if args.precision == "auto" else args.precision == "bf16"
-    say = tqdm.write if rank == 0 else lambda line: None
-    captions, counts = read_captions(args.captions, args.caption_column, args.max_captions)
-    say(f"{args.captions}: {counts['rows']} rows, {len(captions)} captions used, "
-        f"{counts['duplicates']} duplicates and {counts['empty']} empty ones left out")
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" and model.has_bf16(device) else "fp32"
+    bf16 = args.precision == "bf16"
+    run.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    run.step_size = args.batch_size * args.grad_accum * run.ranks
+    run.captions, n = data.read_captions(args.captions, args.caption_column, args.max_captions)
+    run.say(f"{args.captions}: {n['rows']} rows, {len(run.captions)} captions used, "
+            f"{n['duplicates']} duplicates and {n['empty']} empty ones left out")
 
-    folder = model.find(args.teacher, model.TO_TRAIN)
-    home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
-    encode_text, scheduler = model.TextEncoder(folder).to(device), model.load_scheduler(folder)
-    alpha, sigma = model.noise_schedule(scheduler, device)
-    if max(getattr(args, "t_max", 1) - 1, args.student_t or 0) >= len(alpha):
-        raise InputError(f"--teacher {args.teacher}: has timesteps 0 to {len(alpha) - 1}, below "
-                         "--t_max or --student_t")
-    if unread := encode_text.unread(captions):
-        say(f"warning: not all of {len(unread)} captions is read, for one: "
-            f"{next(iter(unread.values()))}")
-    student = load_unet(home, part, fits=folder).to(device)
+    run.folder = folder = model.find(args.teacher, model.TO_TRAIN)
+    run.encode_text, run.shape = model.TextEncoder(folder).to(device), model.latent_shape(folder)
+    run.null, run.scheduler = run.encode_text([""]), model.load_scheduler(folder)
+    run.alpha, run.sigma = model.noise_schedule(run.scheduler, device)
+    run.T = len(run.alpha) - 1
+    fits = max(getattr(args, "t_max", 1) - 1, args.student_t or 0) <= run.T
+    require(fits, f"--t_max or --student_t is above {run.T}, the last timestep of {folder}")
+    if unread := run.encode_text.unread(run.captions):
+        run.say(f"warning: {len(unread)} captions are not read whole, {list(unread.values())[0]}")
+    run.home, part, about = folder, "unet", {}
+    if args.init:
+        run.home, part, about = model.open_student(args.init)
+    run.student = load_unet(run.home, part, fits=folder).to(device)
     unet = load_unet(folder).to(device)
-    step_size = args.batch_size * args.grad_accum * ranks
-    config = {**vars(args), "precision": "bf16" if bf16 else "fp32", "captions a step": step_size,
-              "teacher's weights": fingerprint(unet), "first student's": fingerprint(student),
-              "captions' text": hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]}
-    if about.get("flags", config)["teacher's weights"] != config["teacher's weights"]:
-        raise InputError(f"--init {args.init}: is not a student of --teacher {args.teacher}")
-    return SimpleNamespace(
-        out=Path(args.out_dir), config=config, captions=captions, device=device, rank=rank,
-        ranks=ranks, step_size=step_size, say=say, first_step=0, lines=[], folder=folder, home=home,
-        encode_text=encode_text, null=encode_text([""]), scheduler=scheduler, alpha=alpha,
-        sigma=sigma, T=len(alpha) - 1, shape=model.latent_shape(folder), student=student,
-        unet=unet.to(torch.bfloat16 if bf16 else torch.float32),
-        amp=torch.autocast(device.type, torch.bfloat16, enabled=bf16))
+
+    run.config = dict(vars(args))
+    run.config["captions a step"] = run.step_size
+    run.config["teacher's weights"] = is_of = fingerprint(unet)
+    run.config["text encoder's weights"] = fingerprint(run.encode_text)
+    run.config["first student's weights"] = fingerprint(run.student)
+    run.config["alpha_T"] = float(run.alpha[-1])
+    text = "\n".join(run.captions).encode()
+    run.config["captions' text"] = hashlib.sha256(text).hexdigest()[:16]
+    same = about.get("flags", {}).get("teacher's weights", is_of) == is_of
+    require(same, f"--init {args.init}: is not a student of --teacher {args.teacher}")
+    run.unet = unet.to(torch.bfloat16 if bf16 else torch.float32)
+    return run
 
 
 def fingerprint(network):
@@ -215,11 +215,10 @@ def fingerprint(network):
 
 # Flags that may differ on resume; changing any other makes it a different run. Of teacher, first
 # student and captions, what they are is compared; of a batch, its size.
-MAY_CHANGE = {
-    "max_steps", "save_every", "keep_every", "log_every", "out_dir", "device", "compile",
-    "checkpointing", "captions", "caption_column", "max_captions", "teacher", "init", "preset",
-    "batch_size", "grad_accum", "cache", "clips",
-    "lr", "lora_lr", "d_lr", "precision"}               # to get past a step that was not finite
+MAY_CHANGE = set(
+    "max_steps save_every keep_every log_every out_dir device compile checkpointing captions "
+    "caption_column max_captions teacher init preset batch_size grad_accum cache clips "
+    "lr lora_lr d_lr precision".split())                # to get past a step that was not finite
 
 
 def resume(run, weights, opts, instead="choose another --out_dir"):
@@ -233,51 +232,53 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
         out.mkdir(parents=True, exist_ok=True)
         lock(out, instead)
     if path.exists():
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:                          # torch.load fails in many ways
-            raise InputError(f"{path}: cannot be read ({type(e).__name__}); remove it to start "
-                             f"anew, or {instead}")
+        try:                                            # torch maps no name that is not UTF-8
+            found = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=str(path).isprintable())
+        except Exception as e:
+            raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or {instead}")
         theirs = found["config"]
-        if "captions a step" not in theirs:
-            raise InputError(f"{path}: is of an earlier version of this code, whose student can be "
-                             f"gone on from: --init {out / 'student'}; {instead}")
+        require("captions a step" in theirs, f"{path}: is of an earlier version of this code; "
+                f"{instead}, and go on from its student with --init {out / 'student'}")
         fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
         for name in ["recipe", *sorted(fixed)]:
-            if theirs.get(name) != ours.get(name):
-                raise InputError(f"{out}: holds a run with --{name} {theirs.get(name)}, this one "
-                                 f"has {ours.get(name)}; {instead}")
+            require(theirs.get(name) == ours.get(name), f"{out}: holds a run with --{name} "
+                    f"{theirs.get(name)}, this one has {ours.get(name)}; {instead}")
         for name, tensors in weights.items():
             for w, saved in zip(tensors, found["weights"][name], strict=True):
                 w.data.copy_(saved)
         for name, opt in opts.items():                  # copied, or the file would stay mapped
             opt.load_state_dict(copy.deepcopy(found["opts"][name]))
         run.first_step, run.lines = found["step"], found["lines"]
-    elif (out / "student").exists():
-        raise InputError(f"{out}: holds a student but no checkpoint to resume from; {instead}")
+    else:
+        require(not (out / "student").exists(),
+                f"{out}: holds a student but no checkpoint to resume from; {instead}")
     if run.ranks > 1:
         steps = [None] * run.ranks
         dist.all_gather_object(steps, run.first_step)
-        if len(set(steps)) > 1:
-            raise InputError(f"the processes would start at steps {steps}: --out_dir must be one "
-                             "folder that all of them see")
+        require(len(set(steps)) == 1, f"{out}: the processes would start at steps {steps}; pass an "
+                "--out_dir that all of them see")
     size = sum(3 * w.nbytes for tensors in weights.values() for w in tensors)   # Adam has two
-    free = shutil.disk_usage(out).free
-    if free < size * (1 if run.first_step else 2):      # the old one stays until the new is whole
-        raise InputError(f"{out}: {free / 1e9:.1f} GB are free, and saving takes twice "
-                         f"{size / 1e9:.1f} GB")
+    free, copies = shutil.disk_usage(out).free, 1 if run.first_step else 2      # while replaced
+    require(free > copies * size, f"{out}: {free / 1e9:.1f} GB are free, and saving takes "
+            f"{copies} x {size / 1e9:.1f} GB")
+
+
+HELD = set()
 
 
 def lock(folder, instead):
     """Hold a folder until this process ends; InputError where another one holds it."""
     try:
         import fcntl
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                 # Windows has none
-        pass
+        if (inode := os.stat(folder).st_ino) not in HELD:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            HELD.add(inode)
     except BlockingIOError:
         raise InputError(f"{folder}: another process trains there (start several with torchrun); "
                          f"{instead}")
+    except (ImportError, OSError):                      # Windows has no such locks, nor has NFS
+        pass
 
 
 def prepare(run, args, nets):
@@ -304,36 +305,32 @@ def save_run(run, step, weights, opts, log):
 def save_student(run, folder, step, weights):
     """Write the student, or its average, as sample.py and diffusers read it."""
     names, flags = [name for name, _ in run.student.named_parameters()], run.config
-    tensors = {name: w.detach().contiguous()
-               for name, w in zip(names, weights["ema"] or weights["student"])}
-    about = {"teacher": model.full_name(flags["teacher"]), "timestep": flags["student_t"] or run.T,
-             "parameterization": flags["parameterization"], "step": step, "flags": flags,
-             "seconds": read_settings(run.folder).get("seconds", 10.24),
-             "command": f"python {shlex.join(sys.argv)}"}
+    kept = [w.detach().contiguous() for w in weights["ema"] or weights["student"]]
+    about = {key: flags[key] for key in ("teacher", "parameterization")}
+    about.update(timestep=flags["student_t"] or run.T, step=step, flags=flags)
+    about["seconds"] = read_settings(run.folder).get("seconds", 10.24)
+    about["command"] = f"python {shlex.join(sys.argv)}"
     folder.mkdir(exist_ok=True)
     replace_file(folder / "diffusion_pytorch_model.safetensors",
-                 lambda path: save_file(tensors, path, {"format": "pt"}))
-    replace_text(folder / "config.json", run.student.to_json_string())
-    replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
+                 lambda path: save_file(dict(zip(names, kept)), path, {"format": "pt"}))
+    data.replace_text(folder / "config.json", run.student.to_json_string())
+    data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
 
 
 def stop_signals(run):
-    """Catch SIGTERM and Ctrl-C; returns stopped(), the signal's number or 0, for all processes."""
-    caught = torch.zeros(1, device=run.device)
+    """Catch SIGTERM and Ctrl-C, of which a second one ends it at once: a tensor of the signal."""
+    caught = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu")
+    for n in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(n, signal.SIG_DFL)))
+    return caught
 
-    def note(number, _):
-        caught.fill_(number)
-        signal.signal(number, signal.SIG_DFL)           # a second one ends it at once
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-
-    def stopped():
-        if run.ranks > 1:
-            dist.all_reduce(caught, dist.ReduceOp.MAX)
-        return int(caught)
-
-    return stopped
+def stopped(run, caught):
+    """The signal that any of the processes has caught, or 0: all get the same answer."""
+    found = caught.clone()                              # a signal may come while they compare
+    if run.ranks > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 class Log:
@@ -347,7 +344,7 @@ class Log:
         self.run, self.lines, self.path = run, run.lines, run.out / "metrics.jsonl"
         self.sums, self.step, self.time = {}, run.first_step, time.time()
         if run.rank == 0:                               # lines behind the checkpoint are dropped
-            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            data.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, name, value, t=None):
         """Add a loss (B,) or a number. t (B,): its means by quarter of the timesteps as well."""
@@ -369,10 +366,9 @@ class Log:
             if self.run.ranks > 1:
                 dist.all_reduce(sums)
             line[name] = (sums[0] / sums[1].clamp(min=1)).tolist()
-            if not sums.isfinite().all():
-                raise InputError(f"steps {self.step + 1} to {step}: {name} is not finite, and "
-                                 "nothing of these steps is saved. The same command goes on from "
-                                 "before them; give it smaller rates, or --precision fp32")
+            require(sums.isfinite().all(), f"steps {self.step + 1} to {step}: {name} is not "
+                    "finite, and nothing of these steps is saved. The same command goes on from "
+                    "before them; give it smaller rates, or --precision fp32")
         line["samples_per_s"] = (step - self.step) * self.run.step_size / (time.time() - self.time)
         self.sums, self.step, self.time = {}, step, time.time()
         self.lines.append(line)
@@ -425,7 +421,7 @@ def main(argv=None):
             save_lora(unet, run.out / "lora", args.lora_rank, args.lora_alpha)
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
-    log, stopped = Log(run), stop_signals(run)
+    log, caught = Log(run), stop_signals(run)
     if run.first_step >= args.max_steps:        # finished, but perhaps killed between two files
         save(run.first_step)
     bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
@@ -471,16 +467,17 @@ def main(argv=None):
             rate = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 
-        done, signalled = step + 1, stopped()
-        due = signalled or done == args.max_steps or done % args.save_every == 0
+        done, signalled = step + 1, stopped(run, caught)
+        keep = args.keep_every and done % args.keep_every == 0
+        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
         if due or done % args.log_every == 0:   # at each save: a resumed log has no gap
             line = log.write(done)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in ("vsd", "lora", "x0_std")})
         if due:
             save(done)
+            if keep and run.rank == 0:
+                save_student(run, run.out / f"student-{done}", done, weights)
             log.time = time.time()              # saving is not training
-        if args.keep_every and done % args.keep_every == 0 and run.rank == 0:
-            save_student(run, run.out / f"student-{done}", done, weights)
         if signalled:
             run.say(f"stopped behind step {done}, which is saved; the same command goes on")
             return 128 + signalled

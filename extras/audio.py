@@ -1,4 +1,4 @@
-"""Audio in: Auffusion's mel front end, files, resampling, and a picture of a spectrogram."""
+"""Audio in: Auffusion's mel front end, files and resampling."""
 import functools
 import math
 
@@ -6,22 +6,18 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from diffusers import AutoencoderKL
 from transformers.audio_utils import mel_filter_bank
 
-from extras.cli import InputError
-from model import HOP, LOG_MAX, LOG_MIN, RATE
+from data import InputError
+from model import HOP, LOG_MAX, LOG_MIN, N_FFT, RATE, WIN, load_part, pretrained
 
-WIN, N_FFT = 1024, 2048                                 # 64 ms Hann window, zero-padded to 128 ms
-
-
-# ---- waveform -> log-mel -> image --------------------------------------------------------------
+# ---- waveform -> log-mel -> image ----------------------------------------------------------------
 
 @functools.lru_cache
 def mel_filters(n_mels, device):
     """Slaney mel filters (N_FFT / 2 + 1, n_mels) over 0..8000 Hz, librosa's default."""
-    bank = mel_filter_bank(N_FFT // 2 + 1, n_mels, 0.0, RATE / 2, RATE, norm="slaney",
-                           mel_scale="slaney")
+    bank = mel_filter_bank(N_FFT // 2 + 1, n_mels, 0.0, RATE / 2, RATE, "slaney", "slaney")
     return torch.tensor(bank, dtype=torch.float32, device=device)
 
 
@@ -32,7 +28,7 @@ def log_mel(wav, n_mels=256):
     """
     pad = (N_FFT - HOP) // 2
     wav = F.pad(wav[:, None].float(), (pad, pad), mode="reflect")[:, 0]
-    window = torch.hann_window(WIN, device=wav.device)
+    window = torch.hann_window(WIN, device=wav.device)      # 64 ms, zero-padded to 128
     spec = torch.stft(wav, N_FFT, HOP, WIN, window, center=False, return_complex=True)
     magnitude = (spec.real ** 2 + spec.imag ** 2 + 1e-9).sqrt()
     return (mel_filters(n_mels, wav.device).T @ magnitude).clamp(min=1e-5).log()
@@ -50,25 +46,16 @@ def mel_to_image(mel):
 
 
 @torch.no_grad()
-def encode_audio(pipe, wav):
+def encode_audio(system, wav):
     """Waveforms (B, N) at 16 kHz -> latents (B, 4, h, w) of the peak-normalized clips."""
-    image = mel_to_image(log_mel(peak_normalize(wav), pipe.num_mels))
-    x0 = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
-    return x0.float() * pipe.vae.config.scaling_factor
+    vae = system.decoder.vae
+    if not isinstance(vae, AutoencoderKL):      # the small decoder, whose encoder is unused
+        vae = load_part(system.folder, "vae", pretrained(AutoencoderKL)).to(vae.device, vae.dtype)
+    image = mel_to_image(log_mel(peak_normalize(wav), system.shape[1] * 8))
+    return vae.encode(image.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 
 
-def picture(mel):
-    """Log-mel (n_mels, frames) -> an RGB image at least 256 pixels high, low frequencies below."""
-    x = np.clip((np.asarray(mel) - LOG_MIN) / (LOG_MAX - LOG_MIN), 0, 1)[::-1]
-    colors = np.array([(0, 0, 4), (60, 15, 110), (150, 40, 125), (235, 90, 95), (253, 180, 110),
-                       (252, 253, 190)])
-    stops = np.linspace(0, 0.9, len(colors))
-    rgb = np.stack([np.interp(x, stops, colors[:, c]) for c in range(3)], -1).astype(np.uint8)
-    scale = max(1, 256 // rgb.shape[0])
-    return Image.fromarray(rgb.repeat(scale, 0).repeat(scale, 1))
-
-
-# ---- files -------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 def resample(wav, old, new):
     """Waveform (N,) at `old` Hz -> (ceil(N new / old),) at `new` Hz.
@@ -79,20 +66,22 @@ def resample(wav, old, new):
     if old == new:
         return wav
     old, new = old // math.gcd(old, new), new // math.gcd(old, new)
-    cut = 0.99 * min(old, new)
-    reach = math.ceil(6 * old / cut)
-    # one filter for each of the `new` phases of an output sample between `old` input samples
-    t = torch.arange(-reach, reach + old, dtype=torch.float64) / old
-    t = t - torch.arange(new, dtype=torch.float64)[:, None] / new
-    t = (t * cut).clamp(-6, 6)
-    bank = torch.sinc(t) * (t * math.pi / 12).cos() ** 2 * cut / old        # (new, 2 reach + old)
-    wav_padded = F.pad(wav, (reach, reach + old))[None, None]
-    out = F.conv1d(wav_padded, bank.to(wav)[:, None], stride=old)
-    return out[0].T.reshape(-1)[:math.ceil(len(wav) * new / old)]
+    cut = 0.99 * min(1, new / old)
+    reach = math.ceil(6 / cut)
+    # one filter for each of the `new` places of an output sample behind an input sample
+    behind = (torch.arange(new) * old % new)[:, None] / torch.tensor(new, dtype=torch.float64)
+    t = ((torch.arange(-reach, reach + 1) - behind) * cut).clamp(-6, 6)
+    bank = (torch.sinc(t) * (t * math.pi / 12).cos() ** 2 * cut).to(wav)    # (new, 2 reach + 1)
+    around = F.pad(wav, (reach, reach)).unfold(0, 2 * reach + 1, 1)         # (N, 2 reach + 1)
+    parts = torch.arange(math.ceil(len(wav) * new / old)).split(2 ** 16)
+    return torch.cat([(around[n * old // new] * bank[n % new]).sum(1) for n in parts])
 
 
-def read_audio(path, seconds=10.0, rate=RATE):
-    """First channel of a file (N,), minus its mean, at `rate`, cut to `seconds`, 2 s at least."""
+def read_audio(path, seconds=10.0, rate=RATE, mix=False):
+    """First channel of a file (N,), minus its mean, at `rate`, cut to `seconds`, 2 s at least.
+
+    mix: the mean of the channels in its place, with its DC.
+    """
     try:
         wav, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as e:
@@ -101,6 +90,6 @@ def read_audio(path, seconds=10.0, rate=RATE):
         raise InputError(f"{path}: holds no sound")
     if not np.isfinite(wav).all():
         raise InputError(f"{path}: holds samples that are not numbers")
-    wav = torch.from_numpy(wav[:, 0].copy())
-    wav = resample(wav - wav.mean(), found, rate)[:round(seconds * rate)]
+    wav = torch.from_numpy(wav.mean(1) if mix else wav[:, 0].copy())
+    wav = resample(wav if mix else wav - wav.mean(), found, rate)[:round(seconds * rate)]
     return F.pad(wav, (0, max(0, 2 * rate - len(wav))))

@@ -1,39 +1,31 @@
-"""Listening pages: one self-contained file of the clips in folders that sample.py wrote."""
+"""A listening page: one self-contained file of the clips in folders that sample.py wrote.
+
+    python -m extras.listen samples                         # players and spectrograms
+    python -m extras.listen ours theirs --blind             # a listening test (the paper's app. B)
+"""
 import base64
 import json
 from pathlib import Path
 
 import soundfile
 
-from extras.cli import InputError, read_json, replace_text
+from data import Parser, cli, replace_text, require
+from sample import read_manifest
 
 
-def read_manifest(folder):
-    """The rows of a folder's manifest.json, or [] where there is none."""
-    path = Path(folder) / "manifest.json"
-    rows = read_json(path) if path.exists() else []
-    known = {"file", "prompt", "seed", "k"}
-    if not isinstance(rows, list) or not all(known <= set(row) for row in rows):
-        raise InputError(f"{path}: is not sample.py's; choose another folder")
-    return rows
-
-
-def check_folders(out, beside):
-    """InputError where the folders to show beside `out` lack a clip, or two have the same name."""
-    for folder in map(Path, beside):
+def check_folders(folders):
+    """InputError where folders lack a clip or their manifest, or two have the same name."""
+    for folder in map(Path, folders):
         clips = read_manifest(folder)
-        if not clips:
-            raise InputError(f"{folder}: holds no manifest.json of sample.py")
+        require(clips, f"{folder}: holds no manifest.json of sample.py")
         for clip in clips:
             for ending in (".wav", ".png"):
                 path = (folder / clip["file"]).with_suffix(ending)
-                if not path.exists():
-                    raise InputError(f"{path}: is missing, though the manifest lists it; make it "
-                                     "again")
-    names = [Path(folder).resolve().name for folder in (out, *beside)]
-    if len(set(names)) < len(names):
-        raise InputError("--beside: two folders, --out's included, have the same name, which "
-                         "names the system; rename one")
+                require(path.exists(), f"{path}: is missing, though the manifest lists it; make it "
+                        "again")
+    names = [Path(folder).resolve().name for folder in folders]
+    require(len(set(names)) == len(names), "two folders have the same name, which names the "
+            f"system: {', '.join(names)}; rename one")
 
 
 def page_data(folders, blind):
@@ -53,9 +45,24 @@ def page_data(folders, blind):
                      for (prompt, seed, k), clips in rows.items()]}
 
 
-def write_page(path, folders, blind):
-    """Write a page of players and spectrograms, or a blind listening test (the paper's app. B)."""
-    check_folders(folders[0], folders[1:])
+def write_page(path, folders, blind=False):
+    """Write a page of players and spectrograms, or a blind listening test without pictures."""
+    check_folders(folders)
     template = Path(__file__).with_name("listen.html").read_text("utf-8")
     known = json.dumps(page_data(folders, blind)).replace("<", "\\u003c")   # no </script> inside
     replace_text(path, template.replace("/*DATA*/", known))
+
+
+def main(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="of sample.py: one for each system")
+    p.add_argument("--blind", action="store_true", help="a test: systems and order hidden")
+    p.add_argument("--out", help="file to write; default: listen.html in the first folder")
+    args = p.parse_args(argv)
+    out = Path(args.out or Path(args.folders[0]) / "listen.html")
+    write_page(out, args.folders, args.blind)
+    print(out)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,7 +1,8 @@
 """The metrics of the paper's section IV and the networks behind them.
 
 FD, KL and IS are taken on PANNs CNN14, FAD on VGGish. The paper's text has the two networks the
-other way round; its numbers, and the public evaluation code, have them as here.
+other way round; its numbers, and the public evaluation code, have them as here. A small classifier
+of the tiny world takes CNN14's place there.
 """
 import hashlib
 from pathlib import Path
@@ -9,19 +10,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from transformers import ClapModel, ClapProcessor
 from transformers.audio_utils import mel_filter_bank
 
+from data import InputError
 from extras.audio import read_audio
-from extras.cli import InputError
-from model import RATE
+from model import RATE, TINY, cause
 
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
+TINY_FILE = TINY.parent / "classifier.safetensors"
 EPS = 1e-6                              # added to the generated clip's probabilities in KL
 
 
-# ---- the two networks, under the published parameter names -------------------------------------
+# ---- the two networks, under the published parameter names ---------------------------------------
 
 class ConvBlock(nn.Module):
     def __init__(self, i, o):
@@ -30,8 +34,7 @@ class ConvBlock(nn.Module):
         self.bn1, self.bn2 = nn.BatchNorm2d(o), nn.BatchNorm2d(o)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
 class Cnn14(nn.Module):
@@ -46,9 +49,9 @@ class Cnn14(nn.Module):
     def __init__(self):
         super().__init__()
         # the published file holds the STFT (as convolutions) and the mel filters too
-        stft = {part: nn.Conv1d(1, 257, 512, stride=160, bias=False)
-                for part in ("conv_real", "conv_imag")}
-        self.spectrogram_extractor = nn.ModuleDict({"stft": nn.ModuleDict(stft)})
+        conv = lambda: nn.Conv1d(1, 257, 512, stride=160, bias=False)
+        stft = nn.ModuleDict({"conv_real": conv(), "conv_imag": conv()})
+        self.spectrogram_extractor = nn.ModuleDict({"stft": stft})
         self.logmel_extractor = nn.ParameterDict({"melW": torch.zeros(257, 64)})
         self.bn0 = nn.BatchNorm2d(64)
         chans = [1, 64, 128, 256, 512, 1024, 2048]
@@ -61,8 +64,7 @@ class Cnn14(nn.Module):
         power = sum(conv(wav) ** 2 for conv in self.spectrogram_extractor["stft"].values())
         mel = power.transpose(1, 2) @ self.logmel_extractor["melW"]             # (B, frames, 64)
         x = 10 * mel.clamp(min=1e-10).log10()
-        x = self.bn0(x.transpose(1, 2)[..., None])                              # per mel bin
-        x = x[..., 0].transpose(1, 2)[:, None]                                  # (B, 1, frames, 64)
+        x = self.bn0(x.transpose(1, 2)[..., None]).permute(0, 3, 2, 1)          # (B, 1, frames, 64)
         for n in range(1, 7):
             x = getattr(self, f"conv_block{n}")(x)
             x = F.avg_pool2d(x, 2) if n < 6 else x
@@ -72,27 +74,20 @@ class Cnn14(nn.Module):
 
 
 class VGGish(nn.Module):
-    """VGGish (Hershey et al. 2017, arXiv 1609.09430) without its last ReLU.
-
-    A waveform (1, N) at 16 kHz -> (patches of 0.96 s, 128).
-    """
+    """VGGish (arXiv 1609.09430) less its last ReLU: waveform (1, N) -> (patches of 0.96 s, 128)."""
 
     file = "vggish-10086976.pth"
     url = "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth"
 
     def __init__(self):
         super().__init__()
-        layers, i = [], 1
-        for o in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool"):
-            if o == "pool":
-                layers += [nn.MaxPool2d(2)]
-            else:
-                layers += [nn.Conv2d(i, o, 3, padding=1), nn.ReLU()]
-                i = o
+        layers, chans = [], [1, 64, 128, 256, 256, 512, 512]
+        for n, io in enumerate(zip(chans, chans[1:])):
+            pool = [] if n in (2, 4) else [nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(*io, 3, padding=1), nn.ReLU(), *pool]
         self.features = nn.Sequential(*layers)
-        self.embeddings = nn.Sequential(
-            nn.Linear(512 * 24, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
-            nn.Linear(4096, 128))
+        self.embeddings = nn.Sequential(nn.Linear(512 * 24, 4096), nn.ReLU(),
+                                        nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128))
         bank = mel_filter_bank(257, 64, 125.0, 7500.0, RATE, mel_scale="htk",
                                triangularize_in_mel_space=True)
         self.register_buffer("bank", torch.from_numpy(bank).float(), persistent=False)
@@ -107,39 +102,31 @@ class VGGish(nn.Module):
 
 
 def load_network(kind, folder, download=False):
-    """Load Cnn14 or VGGish from its published file: (network in eval mode, sha256 of the file).
-
-    Raises InputError where the file is missing (and not to be downloaded), another or damaged.
-    """
+    """Load Cnn14 or VGGish from its published file: (network in eval mode, sha256 of the file)."""
     path = Path(folder) / kind.file
     if not path.exists():
         if not download:
-            raise InputError(f"{path}: not there; download it from {kind.url}, or pass --download, "
-                             "or --features tiny to try things out")
+            raise InputError(f"{path}: missing; get {kind.url}, pass --download or --features tiny")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(kind.url, path, progress=True)
         except OSError as e:
-            raise InputError(f"{kind.url}: cannot be downloaded ({e}); get it elsewhere and put it "
-                             f"at {path}")
+            raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
     network = kind()
     try:
         with torch.serialization.safe_globals(numpy_globals()):
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state.get("model", state))
     except Exception as e:                              # torch.load fails in many ways
-        reason = (str(e) or type(e).__name__).splitlines()[0][:150]
-        raise InputError(f"{path}: is not the published file or is damaged; remove it and get it "
-                         f"anew ({reason})")
+        raise InputError(f"{path}: not the published file, or damaged; get it anew ({cause(e)})")
     return network.float().eval(), sha256(path)
 
 
 def numpy_globals():
     """What a pickle of plain numpy values names: PANNs' file holds counters of numpy 1."""
     core = getattr(np, "_core", None) or np.core
-    functions = core.multiarray.scalar, core.multiarray._reconstruct
-    named = [(f, f"numpy.{module}.multiarray.{f.__name__}")
-             for f in functions for module in ("core", "_core")]
+    named = core.multiarray.scalar, core.multiarray._reconstruct
+    named = [(f, f"numpy.{x}.multiarray.{f.__name__}") for x in ("core", "_core") for f in named]
     return [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd"), *named]
 
 
@@ -153,14 +140,51 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-# ---- the metrics -------------------------------------------------------------------------------
+# ---- the tiny world's network --------------------------------------------------------------------
+
+def blocks(mel):
+    """Log energy of a log-mel (B, 64, frames) in blocks of 2 mels x 40 ms, offset as in VGGish."""
+    return (F.avg_pool2d(mel.exp()[:, None], (2, 4))[:, 0] + 0.01).log()    # (B, 32, frames / 4)
+
+
+class Classifier(nn.Module):
+    """Log-mel (B, 64, 256) -> embedding (B, 128) after its ReLU, logits (B, labels)."""
+
+    def __init__(self, labels):
+        super().__init__()
+        chans = [1, 16, 32, 64, 64]
+        self.convs = nn.ModuleList(nn.Conv2d(*io, 3, padding=1) for io in zip(chans, chans[1:]))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in chans[1:])
+        self.embed, self.head = nn.Linear(4 * chans[-1], 128), nn.Linear(128, labels)
+
+    def forward(self, mel):
+        return self.of_blocks(blocks(mel))
+
+    def of_blocks(self, x):
+        x = (x[:, None] + 2) / 2.5                                          # (B, 1, 32, 64)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, 2) if i else x
+        x = x.flatten(1, 2)                                                 # (B, 64 x 4, 8)
+        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))                     # pools time as CNN14
+        return e, self.head(e)
+
+
+def load_classifier():
+    """Load the classifier that is shipped with the tiny world, in eval mode."""
+    state = load_file(TINY_FILE)
+    net = Classifier(len(state["head.weight"]))
+    net.load_state_dict(state)
+    return net.float().eval()
+
+
+# ---- the metrics ---------------------------------------------------------------------------------
 
 def frechet(x, y):
     """Fréchet distance of samples (n, d) and (m, d) under Gaussian fits, covariances over n - 1.
 
-    tr (Sx Sy)^(1/2) is the nuclear norm of X Y^T, with X, Y the centred samples over sqrt(n - 1):
-    no matrix square root is taken, so it is exact for n < d as well. Where n > d, QR first makes
-    the matrix d x d at most.
+    tr (Sx Sy)^(1/2) is the nuclear norm of X Y^T, with X, Y the centred samples over sqrt(n - 1),
+    which is exact for n < d too. Where n > d, QR first makes the matrix d x d at most.
     """
     x, y = x.double(), y.double()
     dm = x.mean(0) - y.mean(0)
@@ -171,18 +195,15 @@ def frechet(x, y):
 
 
 def kl_divergence(reference, generated):
-    """Mean over rows of KL(softmax(reference) || softmax(generated) + 1e-6).
-
-    Logits (n, classes), paired by row.
-    """
+    """Mean of KL(softmax(reference) || softmax(generated) + 1e-6) of logits (n, classes)."""
     p, q = reference.double().log_softmax(-1), generated.double().softmax(-1)
     return float((p.exp() * (p - (q + EPS).log())).sum(-1).mean())
 
 
 def inception_score(logits, splits=10):
-    """exp(mean KL(p(class | clip) || p(class))), the mean of it over tenths of the clips.
+    """exp(mean KL(p(class | clip) || p(class))) of logits (n, classes), the mean over ten parts.
 
-    Logits (n, classes), shuffled with seed 2020 as in the public evaluation code.
+    The clips are shuffled with seed 2020 first, as in the public evaluation code.
     """
     logits = logits.double()[np.random.RandomState(2020).permutation(len(logits))]
     n, found = len(logits), []
@@ -209,60 +230,60 @@ class Clap:
             self.model = ClapModel.from_pretrained(name).to(device).eval()
             self.processor = ClapProcessor.from_pretrained(name)
         except (OSError, ValueError) as e:
-            raise InputError(f"--clap {name}: cannot be loaded ({str(e).splitlines()[0][:150]}); "
+            raise InputError(f"--clap {name}: cannot be loaded ({cause(e)}); "
                              "download it elsewhere and pass its folder")
-        digest = hashlib.sha256()
-        for weight in self.model.parameters():
-            digest.update(weight.detach().cpu().numpy().tobytes())
-        self.weights = {str(name): digest.hexdigest()}
+        weights = b"".join(w.detach().cpu().numpy().tobytes() for w in self.model.parameters())
+        self.weights = {str(name): hashlib.sha256(weights).hexdigest()}
 
     @torch.no_grad()
     def __call__(self, path, texts, seconds):
-        """Compare the first `seconds` of a file, 10 at most, with each of the texts: (texts,)."""
+        """Compare the first `seconds` of a file, 10 at most, with a list of texts: (texts,)."""
         seconds = min(seconds, 10.0)                    # a longer one would be cropped at random
         wav = read_audio(path, seconds, 48000).numpy()
         sound = self.processor(audio=[wav], sampling_rate=48000, return_tensors="pt")
-        words = self.processor(text=list(texts), padding=True, truncation=True,
-                               return_tensors="pt")
+        words = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt")
         a = self.model.get_audio_features(**sound.to(self.model.device)).pooler_output
         t = self.model.get_text_features(**words.to(self.model.device)).pooler_output
         return F.cosine_similarity(a, t).cpu()
 
 
-# ---- folders -----------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
+
+def recordings(folder):
+    """The sound files of a folder: {name without its ending: path}."""
+    return {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in SOUNDS}
+
 
 def pair(generated, reference, prompts=None):
-    """Name the generated WAVs, of `prompts` where given; InputError where one has no reference."""
-    real, made = ({p.name for p in Path(f).glob("*.wav")} for f in (reference, generated))
-    made = sorted(made if prompts is None else made & set(prompts))
+    """Pair two folders by name: {name of a generated file: (its path, its recording's)}.
+
+    prompts: {file name: text}; only these count. InputError where a file has no recording.
+    """
+    real, made = recordings(reference), recordings(generated).values()
+    made = {p.name: p for p in made if prompts is None or p.name in prompts}
     if not made or not real:
-        raise InputError(f"{reference if made else generated}: holds no WAV file")
-    if alone := [name for name in made if name not in real]:
+        raise InputError(f"{reference if made else generated}: holds no sound file")
+    if alone := [name for name, p in made.items() if p.stem not in real]:
         raise InputError(f"{generated}: {len(alone)} of {len(made)} files have no partner in "
                          f"{reference}, {alone[0]} for one")
     if left := len(real) - len(made):
         print(f"{left} of {len(real)} files of {reference} have no generated clip and are left out")
-    return made
+    return {name: (p, real[p.stem]) for name, p in made.items()}
 
 
 @torch.no_grad()
 def score_folders(generated, reference, hear, seconds, clap=None, prompts=None):
-    """Score a folder of WAVs against another by file name: (names, {"N", "FD", ..., "CLAP"}).
+    """Score a folder against another by file name: (names, {"N", "FD", ..., "CLAP"}).
 
-    hear: waveform (1, N) -> embedding (1, d), logits (1, classes) and, for FAD, VGGish's patches
-    (n, 128). seconds: what files are cut to. prompts: {file name: text} for CLAP; where given,
-    only these files count. A metric that cannot be had is None.
+    hear: (path, seconds that it is cut to) -> embedding (1, d), logits (1, classes) and, for FAD,
+    VGGish's patches (n, 128). prompts: as in pair(), for CLAP. A metric that cannot be had is None.
     """
-    names, real, made = pair(generated, reference, prompts), [], []
-    for name in tqdm(names, desc="score"):
-        for folder, heard in ((reference, real), (generated, made)):
-            heard.append(hear(read_audio(Path(folder) / name, seconds)[None]))
-    real, made = ([torch.cat(column).cpu() for column in zip(*heard)] for heard in (real, made))
-    row = {"N": len(names), **scores(real[:2], made[:2])}
-    row["FAD"] = frechet(real[2], made[2]) if len(made) > 2 else None
-    row["CLAP"] = None
+    paired = pair(generated, reference, prompts)
+    heard = [[hear(path, seconds) for path in both] for both in tqdm(paired.values(), desc="score")]
+    made, real = ([torch.cat(column).cpu() for column in zip(*side)] for side in zip(*heard))
+    row = {"N": len(paired), **scores(real[:2], made[:2]),
+           "FAD": frechet(real[2], made[2]) if len(made) > 2 else None, "CLAP": None}
     if clap and prompts:
-        cosines = [float(clap(Path(generated) / name, [prompts[name]], seconds))
-                   for name in tqdm(names, desc="clap")]
-        row["CLAP"] = sum(cosines) / len(cosines)
-    return names, row
+        row["CLAP"] = sum(float(clap(path, [prompts[name]], seconds)) for name, (path, _)
+                          in tqdm(paired.items(), desc="clap")) / len(paired)
+    return list(paired), row

@@ -1,12 +1,13 @@
-"""A student's folder: a diffusers UNet, how to run it, and the card that a model hub shows."""
-import json
+"""What others see of a student and of a run.
+
+    python -m extras.publish card out/student       # README.md, the model card of a hub
+    python -m extras.publish tensorboard out        # events of the run's metrics.jsonl
+"""
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from extras.cli import read_json, replace_file, replace_text
-from extras.hub import full_name
+from data import InputError, Parser, cli, read_json, read_rows, replace_text, require
+from model import cause
 
 CARD = """---
 license: {licence}
@@ -26,7 +27,8 @@ one UNet pass.
 def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
     path, about = Path(folder) / "README.md", read_json(Path(folder) / "swiftaudio.json")
-    card = path.read_text() if path.exists() else ""
+    require({"teacher", "step"} <= set(about), f"{folder}: is no student of train.py")
+    card = path.read_text("utf-8") if path.exists() else ""
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
     small = "- Small decoder: `--decoder fast`\n"
@@ -37,24 +39,36 @@ def write_card(folder, metrics=None):
     replace_text(path, CARD.format(
         licence="mit" if name == "tiny" else "cc-by-nc-sa-4.0" if auffusion else "other",
         base=f"base_model: {name}\n" if "/" in name else "", teacher=name, step=about["step"],
-        command=about.get("command", "python train.py"),
-        decoder=small, metrics=metrics or "not measured; see eval.py"))
+        command=about.get("command", "python train.py"), decoder=small,
+        metrics=metrics or "not measured; see extras/eval.py"))
+    return path
 
 
-def write_student(folder, student, ema, pipe, step, config, command):
-    """Write a student after `step` steps into a folder; each file is replaced whole.
+def write_events(folder):
+    """Write the means in a run's metrics.jsonl as TensorBoard's events beside it."""
+    lines = read_rows(Path(folder) / "metrics.jsonl")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as e:                              # a broken one raises anything
+        raise InputError(f"TensorBoard cannot be used here ({cause(e)}); pip install tensorboard")
+    board = SummaryWriter(folder, purge_step=0)         # hides the events of an earlier call
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, float):
+                board.add_scalar(name, value, line["step"])
+    board.close()
 
-    ema: an average of its parameters to write in their place, or []. config: the run's flags.
-    """
-    weights = dict(student.named_parameters())
-    weights = {name: w.detach().contiguous() for name, w in zip(weights, ema or weights.values())}
-    about = {"teacher": full_name(config["teacher"]),
-             "timestep": config["student_t"] or pipe.T,
-             "parameterization": config["parameterization"], "seconds": pipe.seconds,
-             "step": step, "flags": config, "command": command}
-    folder.mkdir(exist_ok=True)
-    replace_file(folder / "diffusion_pytorch_model.safetensors",
-                 lambda path: save_file(weights, path, {"format": "pt"}))
-    replace_text(folder / "config.json", student.to_json_string())
-    replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-    write_card(folder)
+
+def main(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("what", choices=("card", "tensorboard"))
+    p.add_argument("folder", help="card: of a student; tensorboard: of its run")
+    args = p.parse_args(argv)
+    if args.what == "card":
+        print(write_card(args.folder))
+    else:
+        write_events(args.folder)
+
+
+if __name__ == "__main__":
+    cli(main)

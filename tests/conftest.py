@@ -1,12 +1,16 @@
 """Small random teachers in Auffusion's two layouts, and helpers to run the command lines."""
+import contextlib
 import copy
 import functools
 import gc
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                      # read when the library is imported
@@ -17,10 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import posttrain
+import model
 import train
 from extras.random_teacher import write_teacher
-from model import Pipeline, load_unet
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                                # sums in one order: runs repeat bit for bit
@@ -73,52 +76,92 @@ def tf32():
         switch.allow_tf32 = value
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Put back what train.py catches."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def loaded_once():
-    """Read each teacher once, as a third of so short a run is reading: nothing trains in it."""
+    """Read each teacher once, as a third of so short a run is reading, and hand out copies."""
+    load_unet = model.load_unet
     read = functools.cache(load_unet)
 
-    def copied_unet(folder, part="unet", dtype=torch.float32):
-        return copy.deepcopy(read(folder, part)).to(dtype)
+    def copied_unet(folder, part="unet", dtype=torch.float32, fits=None):
+        if part != "unet":                              # a student's, which may have gone on
+            return load_unet(folder, part, dtype, fits)
+        return copy.deepcopy(read(folder, fits=fits)).to(dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, posttrain):
-            patch.setattr(module, "Pipeline", functools.cache(Pipeline))
-            patch.setattr(module, "load_unet", copied_unet)
+        patch.setattr(model, "TextEncoder", functools.cache(model.TextEncoder))
+        for module in (model, train, *(m for n, m in sys.modules.items() if "recipes." in n)):
+            if hasattr(module, "load_unet"):
+                patch.setattr(module, "load_unet", copied_unet)
         yield
 
 
-def run(script, *flags, cwd, ranks=0, threads=1, **kw):
+def options(script, *flags, ranks=0, root=ROOT, threads=1, env={}):
+    """What subprocess starts a command with, in `ranks` processes."""
+    words = [sys.executable]
+    if ranks:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words += [str(root / script)] if script.endswith(".py") else ["-m", script]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads),
+           "CUDA_VISIBLE_DEVICES": "", **env}
+    return dict(args=[*words, *map(str, flags)], env=env, text=True, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT)
+
+
+def run(script, *flags, cwd, ranks=0, root=ROOT, threads=1, env={}, **kw):
     """Run a command as a user would, in `ranks` processes: (exit code, all it printed).
 
-    script: a file's name, or a module's, which is looked for here.
+    script: a file's name, or a module's. root: the folder that has it.
     """
-    command = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    command += map(str, flags)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads),
-           "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, timeout=900, **kw)
+    done = subprocess.run(**options(script, *flags, ranks=ranks, root=root, threads=threads,
+                                    env=env), cwd=cwd, timeout=900, **kw)
     return done.returncode, done.stdout
+
+
+@contextlib.contextmanager
+def started(path, script, *flags, cwd, **kw):
+    """A command as it runs, from when there is something in the file `path`."""
+    with subprocess.Popen(**options(script, *flags, **kw), cwd=cwd) as process:
+        try:
+            until = time.time() + 120
+            while not (path.exists() and path.stat().st_size):
+                assert process.poll() is None and time.time() < until, process.communicate()
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
 
 
 def refused(script, *flags, cwd, says, **kw):
     """The run must end with exit code 1 and one line `error: ...` that holds each of `says`.
 
-    In this process, as a new one imports for seconds; with options of subprocess in a new one.
+    script: a file's name, or a module's. In this process, as a new one imports for seconds; with
+    options of run() in a new one.
     """
     if kw:
         code, output = run(script, *flags, cwd=cwd, **kw)
         assert code == 1 and "Traceback" not in output, output
         line, = (line for line in output.splitlines() if line.startswith("error:"))
     else:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        with (pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(),
+              pytest.raises(SystemExit) as stopped):
+            warnings.simplefilter("ignore", RuntimeWarning)     # the module is imported already
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [script, *map(str, flags)])
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
         line = str(stopped.value.code)                  # Python prints it and ends with 1
         assert line.startswith("error:") and "\n" not in line, line
     for word in says:

@@ -1,14 +1,18 @@
 """What all commands share: flags with bounds, errors of one line, files that are always whole."""
+import errno
+import os
+import shutil
 import stat
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from conftest import ROOT, refused
 from safetensors.torch import save_file
 
-from extras.cli import InputError, Parser, number, read_json, replace_file, replace_text, run
+from data import InputError, Parser, cli, number, read_json, replace_file, replace_text
 
 
 def parse(type, *flags):
@@ -38,7 +42,7 @@ def test_numbers_within_their_bounds(type, text, value):
 def test_numbers_out_of_their_bounds_are_one_line(type, text, says):
     with pytest.raises(InputError) as e:
         parse(type, f"--flag={text}")
-    assert str(e.value) == f"error: {says}"
+    assert str(e.value) == says
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -60,28 +64,58 @@ def test_help_shows_defaults_and_the_first_paragraph(capsys):
     assert "of interest (default: 1)" in said
 
 
-def ended(code):
-    """Run a few lines in a new interpreter: (exit code, standard output, standard error)."""
-    lines = "from extras.cli import *\n" + code
-    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, text=True, capture_output=True)
-    return done.returncode, done.stdout, done.stderr
+# ---- how a program ends --------------------------------------------------------------------------
+
+def fail(error):
+    raise error
 
 
-def test_a_program_ends_with_one_line_and_exit_code_1():
-    assert ended("raise InputError('a.csv: is odd')") == (1, "", "error: a.csv: is odd\n")
-    code, out, err = ended("Parser('x').parse_args(['--flag'])")
-    assert (code, out) == (1, "") and err == "error: unrecognized arguments: --flag\n"
-    code, out, err = ended("run(lambda: open('/no/such/file'))")
-    assert (code, out) == (1, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert "/no/such/file" in err
-    assert ended("run(lambda: print('fine'))") == (0, "fine\n", "")
+@pytest.mark.parametrize("error, line", [
+    (InputError("a.csv: is odd"), "error: a.csv: is odd"),
+    (FileNotFoundError(2, "No such file or directory", "a.wav"),
+     "error: [Errno 2] No such file or directory: 'a.wav'"),
+    (InputError("Error(s) in loading:\n\tMissing key(s): 'w'.\n"),
+     "error: Error(s) in loading: Missing key(s): 'w'.")])
+def test_what_the_user_or_the_file_system_did_is_one_line(error, line):
+    with pytest.raises(SystemExit) as e:
+        cli(lambda: fail(error))
+    assert e.value.code == line                             # Python prints it and ends with 1
 
 
-def test_only_what_the_file_system_refuses_is_said_in_one_line():
-    """A mistake in the program keeps its traceback."""
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
+def test_a_process_ends_with_one_line_and_exit_code_1():
+    code = "from data import *\ndef main():\n    raise InputError('犬.csv: is\\n odd')\ncli(main)"
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}      # a terminal that lacks the letter
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.decode().splitlines() == ["error: ?.csv: is odd"]
 
+
+def test_ctrl_c_ends_in_silence(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli(lambda: fail(KeyboardInterrupt))
+    assert e.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_the_exit_code_is_the_one_that_main_returns():
+    for code in (143, 1):
+        with pytest.raises(SystemExit) as e:
+            cli(lambda: code)
+        assert e.value.code == code
+    assert cli(lambda: None) is None and cli(lambda: 0) is None
+
+
+@pytest.mark.parametrize("error", [KeyError, RuntimeError, ValueError])
+def test_a_mistake_in_the_program_keeps_its_traceback(error):
+    with pytest.raises(error):
+        cli(lambda: fail(error("odd")))
+
+
+def test_an_input_error_can_be_caught():
+    """As by who calls load_student() in a notebook: an Exception that ends nothing."""
+    assert issubclass(InputError, Exception) and not issubclass(InputError, SystemExit)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 def test_files_that_are_not_json_are_named(tmp_path):
     path = tmp_path / "a.json"
@@ -109,21 +143,34 @@ def test_the_old_file_stays_when_saving_fails(tmp_path):
     path = tmp_path / "a.txt"
     replace_text(path, "before")
 
-    def full_disk(temporary):
+    def out_of_space(temporary):
         temporary.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def broken(temporary):
         temporary.write_text("half")
         raise ValueError("x" * 1000)
 
-    for save in (full_disk, broken):
+    for save in (out_of_space, broken):
         with pytest.raises(InputError, match="a.txt: not saved") as e:
             replace_file(path, save)
         assert len(str(e.value)) < 400
         assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="not saved"):
+    with pytest.raises(InputError, match="a.txt: not saved .*No such file"):
         replace_text(tmp_path / "no folder/a.txt", "x")
+    (tmp_path / "a.txt.tmp").mkdir()                        # in the way, and not ours to remove
+    with pytest.raises(InputError, match="a.txt: not saved .*a.txt.tmp"):
+        replace_text(path, "after")
+    assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("free, full", [(0, True), (2**20 - 1, True), (2**30, False)])
+def test_a_full_disk_is_named_only_when_it_is_full(tmp_path, monkeypatch, free, full):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
+    for error in (OSError(errno.ENOSPC, "write failed"), ValueError("unexpected pos 64")):
+        with pytest.raises(InputError, match="not saved") as e:
+            replace_file(tmp_path / "a.txt", lambda temporary: fail(error))
+        assert ("the disk is full" in str(e.value)) is full
 
 
 def test_an_error_of_several_lines_becomes_one(tmp_path):

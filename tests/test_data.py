@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import caption_at, draw_batch, order, read_captions, read_rows, sampling_noise
-from extras.cli import InputError
+from data import InputError, caption_at, draw_batch, order, read_captions, read_rows, sampling_noise
 
 
 def write(path, text, encoding="utf-8"):
@@ -31,7 +30,7 @@ FORMATS = {                                     # four rows: one is empty, one c
     "bom.csv": '\ufeffCaption\r\n"a dog, twice"\r\nrain\r\n" "\r\nrain\r\n',
     "bom.jsonl": "\ufeff" + LINES,
     "bom.txt": "\ufeffa dog, twice\r\nrain\r\n\r\nrain\r\n",
-    "short.csv": 'caption,id\n"a dog, twice",1\nrain\n"",3\nrain,4,5\n',
+    "short.csv": 'caption,id\n"a dog, twice",1\nrain\n"",3\nrain\n',
     "UPPER.CSV": 'ID,CAPTION\n1,"a dog,\ntwice"\n2,rain\n3,\n4,"rain"\n',
 }
 
@@ -67,6 +66,20 @@ def test_columns_and_limit(tmp_path):
     ("captions.json", '{"captions": ["one", "two"]}', ["one", "two"]),
     ("odd.json", '{"data": ["one", 2, null, "two"]}', ["one", "two"]),
     ("quoted.csv", 'caption\n"over\ntwo  ""lines"""\n', ['over two "lines"']),
+    ("quoted.tsv", 'id\tcaption\n1\t"over\r\ntwo"\n2\tsay "hi"\n', ["over two", 'say "hi"']),
+    ("commas.tsv", "id\tcaption\n1\tone, two\n", ["one, two"]),
+    ("others.csv", "id,caption\n1,one; two | three\n", ["one; two | three"]),
+    ("trailing.csv", "caption,id,\none,1,\n", ["one"]),
+    ("text.json", '{"Yx1": "one", "Yx2": "two"}', ["one", "two"]),
+    ("texts.json", '{"Yx1": ["one", "two"], "Yx2": ["three"]}', ["one", "two", "three"]),
+    ("by_id.json", '{"Yx1": {"caption": "one"}, "Yx2": {"captions": ["two", "three"]}}',
+     ["one", "two", "three"]),
+    ("coco.json", '{"info": {"year": 1}, "images": [{"id": 1}], "annotations": [{"image_id": 1, '
+     '"caption": "one"}], "licenses": []}', ["one"]),
+    ("list.json", '{"captions": [{"id": 1, "caption": "one"}]}', ["one"]),
+    ("described.json", '{"description": "a set", "data": [{"caption": "one"}]}', ["one"]),
+    ("version.json", '{"version": "1.0", "train": ["one", "two"]}', ["one", "two"]),
+    ("split.json", '{"val": [{"file": "a.wav"}], "train": [{"caption": "one"}]}', ["one"]),
 ])
 def test_oddities(tmp_path, name, content, expected):
     assert read_captions(write(tmp_path / name, content))[0] == expected
@@ -95,6 +108,23 @@ def test_rows_of_other_tables(tmp_path):
     ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
     ("keys.jsonl", '{"a": "b"}\n', "row 1 has no column"),
     ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has no column"),
+    ("comma.csv", "caption\nrain\n\nA dog barks, then a man speaks\n", "row 2 has 2 cells, the "
+     "header 1; put quotes around text that holds ','"),
+    ("tab.tsv", "id\tcaption\n1\train\tfar away\n", "row 1 has 3 cells, the header 2"),
+    ("open.tsv", 'id\tcaption\n1\train\n2\t"Go! she\n3\ta dog\n', "row 2: a quote is opened"),
+    ("open.csv", 'id,caption\n1,"two\nlines"\n2,"Go! she\n3,a dog\n', "row 2: a quote is opened"),
+    ("next.csv", 'id,caption\n1,"Go! she\n2,"a dog"\n', "row 1: a quote is opened"),
+    ("next.tsv", 'id\tcaption\n1\t"Go! she\n2\t"a" dog\n', "row 1: a quote is opened"),
+    ("semi.csv", "youtube_id;caption\nabc;A dog, barking\n", "separated by ';', where a .csv"),
+    ("pipe.csv", "youtube_id|caption\nabc|A dog barks\n", "separated by '|', where a .csv"),
+    ("tab.csv", "youtube_id\tcaption\nabc\tA dog barks\n", r"separated by '\t', where a .csv"),
+    ("comma.tsv", "youtube_id,caption\nabc,A dog barks\n", "separated by ',', where a .tsv"),
+    ("two.json", '{"test": [{"caption": "x"}], "train": [{"caption": "y"}]}', "of test, train;"),
+    ("odd.json", '{"loud": [{"caption": "x"}], "soft": [{"text": "y"}]}', "of loud, soft;"),
+    ("strings.json", '{"Train": ["x"], "Test": ["y"], "id": 3}', "in each of Train, Test;"),
+    ("columns.json", '{"train": {"caption": ["x"]}, "val": {"caption": ["y"]}}', "of train, val;"),
+    ("many.json", json.dumps({f"Y{i}": [{"caption": "x"}] for i in range(99)}), "Y7, Y8; write"),
+    ("by_id.json", '{"Yx1": {"caption": "x"}, "Yx2": {"words": "y"}}', "row 2 has no column"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):
     path = tmp_path / name

@@ -2,22 +2,20 @@
 import json
 import math
 import shutil
-from fnmatch import fnmatch
 
 import pytest
 import torch
 from conftest import refused, write_checkpoint
 from diffusers import AutoencoderTiny
-from safetensors.torch import load_file
-from test_sample import train_student
+from safetensors.torch import load_file, save_file
 
-import eval
+import model
 import sample
-from extras import decoder
-from extras.cli import InputError
-from extras.folded import fold_upsampling
-from extras.hub import TINY
-from model import LOG_MAX, LOG_MIN, Pipeline, image_to_mel
+import train
+from data import InputError
+from extras import eval as evaluate
+from model import LOG_MAX, LOG_MIN, TINY, image_to_mel
+from recipes import decoder
 from tiny import score
 
 SMALL = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1, 1, 1, 0],
@@ -29,7 +27,11 @@ def trained(captions, tmp_path_factory):
     """A student of a teacher whose settings have a small decoder."""
     teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
     (teacher / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
-    return train_student(teacher, captions, tmp_path_factory.mktemp("run"))
+    out = tmp_path_factory.mktemp("run")
+    train.main([str(f) for f in (
+        "--teacher", teacher, "--captions", captions, "--out_dir", out, "--max_steps", 1,
+        "--batch_size", 2, "--grad_accum", 1, "--lora_rank", 2, "--device", "cpu")])
+    return out / "student"
 
 
 @pytest.fixture
@@ -77,13 +79,10 @@ def test_it_learns_the_vae_s_picture(tmp_path):
            "--max_steps", 80)
     mels = []
     for which in ("vae", "fast"):
-        args = sample.parse_args(["--student", str(student), "--prompt", "a", "--decoder", which,
-                                  "--precision", "fp32", "--device", "cpu"])
-        pipe, latents, _ = sample.open_system(args)
-        z_T = sample.draw_noise(pipe, range(4), 7)
+        system = model.load_student(str(student), decoder=which, precision="fp32", device="cpu")
         with torch.no_grad():
-            text = pipe.encode_text(["rain falls", "a dog barks", "a bell rings", "wind blows"])
-            mels.append(pipe.decode(latents(z_T, text)))
+            text = system.encode_text(["rain falls", "a dog barks", "a bell rings", "wind blows"])
+            mels.append(system.decoder.decode(system.latents(system.noise(range(4), 7), text)))
     spread = (mels[0] - mels[0].median()).abs().mean()
     assert (mels[1] - mels[0]).abs().mean() < 0.6 * spread
     assert not (student / "decoder/README.md").exists()
@@ -107,26 +106,13 @@ def test_the_tiny_world_scores_it_beside_the_vae(tmp_path, capsys):
 def test_plain_diffusers_reads_the_folder(student):
     distil(student, "--max_steps", 2)
     network = AutoencoderTiny.from_pretrained(student / "decoder")
-    pipe = Pipeline(json.loads((student / "swiftaudio.json").read_text())["teacher"],
-                    decoder=student / "decoder")
-    x0 = torch.randn(2, *pipe.latent_shape)
+    system = model.load_student(str(student), decoder="fast", precision="fp32", device="cpu")
+    x0 = torch.randn(2, *system.shape)
     with torch.no_grad():
         image = network.decode(x0).sample
     assert image.shape == (2, 1, 64, 64)
-    assert torch.allclose(image_to_mel(image), pipe.decode(x0), atol=1e-4)
+    assert torch.allclose(image_to_mel(image), system.decoder.decode(x0), atol=1e-4)
     assert [k for k in SMALL if network.config[k] != SMALL[k]] == []
-
-
-def test_folded_upsampling_of_a_small_decoder():
-    torch.manual_seed(0)
-    network = decoder.new_decoder({"decoder": SMALL}).eval()
-    z = torch.randn(2, 4, 3, 5)
-    with torch.no_grad():
-        expected = network.decode(z).sample
-        fold_upsampling(network.decoder)
-        found = network.decode(z).sample
-    assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in network.modules()) == 3
-    assert torch.allclose(expected, found, atol=1e-5 * expected.abs().max())
 
 
 def test_its_size_is_taesd_s_without_settings():
@@ -159,27 +145,26 @@ def test_sample_uses_it_and_says_so(student, tmp_path, monkeypatch):
     assert "decoder" not in rows[0] and rows[1]["decoder"] == str(student / "decoder")
     wavs = [(tmp_path / which / "a-dog_seed0_0.wav").read_bytes() for which in ("vae", "fast")]
     assert wavs[0] != wavs[1] and len(wavs[0]) == len(wavs[1])
-    assert "- Small decoder: `--decoder fast`" in (student / "README.md").read_text()
 
 
 def test_eval_takes_it_for_another_system(student, tmp_path):
     distil(student, "--max_steps", 2)
     prompts, made = {"1.wav": "a dog"}, {}
     for which, out in (("vae", "a"), ("fast", "b")):
-        args = eval.parse_args(["audiocaps", "--captions", "list.csv", "--reference", ".", "--out",
-                                out, "--student", str(student), "--decoder", which,
-                                "--device", "cpu"])
-        opened = sample.open_system(args)
-        made[which] = eval.generate(prompts, tmp_path / out, args, opened)
+        args = evaluate.parse_args(["audiocaps", "--captions", "list.csv", "--reference", ".",
+                                    "--out", out, "--student", str(student), "--decoder", which,
+                                    "--device", "cpu"])
+        system = sample.open_system(args)
+        made[which] = evaluate.generate(prompts, tmp_path / out, args, system)
     assert made["vae"]["sha256"] != made["fast"]["sha256"] and "decoder" in made["fast"]
     with pytest.raises(InputError, match="another system"):
-        eval.generate(prompts, tmp_path / "a", args, opened)
+        evaluate.generate(prompts, tmp_path / "a", args, system)
 
 
 def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
     says = lambda *flags, says: refused("sample.py", "--student", student, "--prompt", "a",
                                         "--decoder", "fast", *flags, cwd=tmp_path, says=says)
-    says(says=[f"{student}/decoder: not there", f"python -m extras.decoder --student {student}"])
+    says(says=[f"{student}/decoder: not there", f"python -m recipes.decoder --student {student}"])
     says("--teacher", "tiny", "--teacher_steps", 2, says=["--decoder fast", "--teacher_steps"])
 
     def stops(*flags, says):
@@ -200,9 +185,14 @@ def test_what_cannot_be_is_one_line(student, captions, tmp_path, plain):
     before = (student / "decoder/checkpoint.pt").read_bytes()
     stops("--max_steps", 2, "--seed", 1, says=["--seed", "remove"])
     (tmp_path / "others.txt").write_text("a cat\nthe rain\n")
-    stops("--max_steps", 2, "--captions", tmp_path / "others.txt", says=["other captions"])
+    stops("--max_steps", 2, "--captions", tmp_path / "others.txt", says=["captions' text"])
+    weights = student / "diffusion_pytorch_model.safetensors"
+    state, about = load_file(weights), (student / "swiftaudio.json").read_text()
+    save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, weights)
+    stops("--max_steps", 2, says=["--student", "remove"])       # of as many steps, but another
+    save_file(state, weights)
     assert (student / "decoder/checkpoint.pt").read_bytes() == before
-    about = json.loads((student / "swiftaudio.json").read_text())
+    about = json.loads(about)
     del about["flags"]
     (student / "swiftaudio.json").write_text(json.dumps(about))
     stops("--max_steps", 2, says=["--captions"])
@@ -245,23 +235,10 @@ def test_a_step_that_is_not_finite_keeps_the_last_decoder(student):
     before = distil(student, "--max_steps", 2, "--save_every", 1)
     path = student / "decoder/checkpoint.pt"
     state = torch.load(path, weights_only=True)
-    state["decoder"]["layers.0.weight"].fill_(math.nan)
+    state["weights"]["decoder"][0].data.fill_(math.nan)
     state["step"] = 1
     torch.save(state, path)
-    with pytest.raises(InputError, match="step 1: the loss or a gradient is not finite"):
+    with pytest.raises(InputError, match="loss is not finite"):
         distil(student, "--max_steps", 2, "--save_every", 1)
     after = load_file(student / "decoder/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)
-
-
-def test_the_hub_s_files_are_read_too():
-    """A decoder travels with a published student, its checkpoint does not."""
-    from extras import hub
-    asked = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub.huggingface_hub, "snapshot_download",
-                      lambda name, **kw: asked.update(kw) or ".")
-        hub.find("user/model")
-    sent = lambda file: any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
-    assert sent("decoder/config.json") and sent("decoder/diffusion_pytorch_model.safetensors")
-    assert not sent("decoder/checkpoint.pt")

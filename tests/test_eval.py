@@ -4,20 +4,23 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import refused
+from safetensors.torch import load_file, save_file
 from test_metrics import write_clap
 
-import eval as evaluate
-from extras.cli import InputError
+from data import InputError
+from extras import eval as evaluate
+from extras import metrics
 from extras.metrics import Clap
-from tiny import world
 
 CAPTIONS = ["a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows"]
 NAMES = [f"Yid{i:02d}.wav" for i in range(12)]
+TEXTS = {name: f"{i} dogs bark" for i, name in enumerate(NAMES)}
 
 
 def go(*flags):
-    """Run eval.py with these flags in this process."""
+    """Run extras.eval with these flags in this process."""
     return evaluate.main([str(flag) for flag in flags])
 
 
@@ -46,10 +49,11 @@ def recordings(tmp_path_factory):
     """Twelve clips with AudioSet-like names, and list.csv: AudioCaps' test.csv in small."""
     folder = tmp_path_factory.mktemp("recordings")
     rows = [("audiocap_id", "youtube_id", "start_time", "caption")]
-    for i, (name, (text, events, join)) in enumerate(zip(NAMES, world.captions()[1][40:])):
-        wav, _ = world.render(np.random.default_rng(i), events, join)
-        soundfile.write(folder / name, wav, 16000)
-        rows += [(k, f"id{i:02d}", 30, text if k == 2 else f"caption {k}") for k in range(3)]
+    for i, name in enumerate(NAMES):
+        noise = 0.02 * np.random.default_rng(i).standard_normal(40960)
+        tone = 0.3 * np.sin(2 * np.pi * (300 + 400 * i) * np.arange(40960) / 16000)
+        soundfile.write(folder / name, tone * (np.arange(40960) % 9000 < 6000) + noise, 16000)
+        rows += [(k, f"id{i:02d}", 30, TEXTS[name] if k == 2 else f"caption {k}") for k in range(3)]
     rows.append((1, "gone", 0, "no recording of this"))
     with open(folder / "list.csv", "w", newline="") as f:
         csv.writer(f).writerows(rows)
@@ -77,15 +81,12 @@ def scored(recordings, here):
 
 # ---- score and table ---------------------------------------------------------------------------
 
-def test_recordings_are_perfect_beside_themselves(scored):
+def test_recordings_are_perfect_beside_themselves_and_the_row_says_how_it_was_made(scored):
     assert scored["N"] == 12 and scored["IS"] >= 1
     assert scored["FD"] == pytest.approx(0, abs=1e-6)
     assert scored["KL"] == pytest.approx(0, abs=1e-3)
     assert scored["FAD"] is None and scored["CLAP"] is None
     assert set(scored["null"]) == {"FAD", "CLAP"}
-
-
-def test_a_row_says_how_it_was_made(scored):
     assert scored["rate"] == 16000 and scored["seconds"] == 10
     assert len(scored["weights"]["classifier"]) == 64 and scored["list"] == NAMES
     assert scored["captions"] is None and scored["crop_seed"] is None
@@ -93,13 +94,14 @@ def test_a_row_says_how_it_was_made(scored):
 
 @pytest.mark.parametrize("flags", [
     ("score", "--generated"),
-    ("audiocaps", "--teacher", "tiny", "--teacher_steps", 1, "--precision", "auto", "--captions",
+    ("audiocaps", "--teacher", "plain", "--teacher_steps", 1, "--precision", "auto", "--captions",
      "one.jsonl", "--out")])
-def test_scores_are_taken_in_true_fp32(flags, recordings, here, tf32):
+def test_scores_are_taken_in_true_fp32(flags, recordings, plain, here, tf32):
     """With TF32, a GPU's default in convolutions, a network has 10 bits of mantissa for 23."""
     (here / "made").mkdir()
     (here / "made" / NAMES[0]).write_bytes((recordings / NAMES[0]).read_bytes())
     write_lines(here / "one.jsonl", [{"file": NAMES[0], "text": "a dog barks"}])
+    flags = [plain if flag == "plain" else flag for flag in flags]
     go(*flags, "made", "--reference", recordings, "--features", "tiny")
     assert not any(switch.allow_tf32 for switch in tf32)
 
@@ -119,7 +121,7 @@ def test_rows_that_do_not_compare_are_refused_or_marked(scored, here, capsys):
 
 
 def test_rows_of_older_versions_still_stand_in_a_table(scored, here, capsys):
-    old = {k: v for k, v in scored.items() if k not in ("captions", "crop_seed")}
+    old = {k: v for k, v in scored.items() if k not in ("captions", "crop_seed", "fad_reads")}
     (here / "old.json").write_text(json.dumps(old))
     (here / "named.json").write_text(json.dumps({**scored, "captions": "test.csv"}))
     go("table", "old.json", "new/s.json", "named.json")
@@ -131,8 +133,8 @@ def test_rows_of_older_versions_still_stand_in_a_table(scored, here, capsys):
 def test_a_table_of_other_files_is_refused(here):
     for content in ("{}", "[1]"):
         (here / "other.json").write_text(content)
-        refuses("table", "other.json", says=["other.json", "not written by eval.py"])
-    refused("eval.py", "table", "none.json", cwd=here, says=["none.json"])
+        refuses("table", "other.json", says=["other.json", "not written by extras.eval"])
+    refused("extras.eval", "table", "none.json", cwd=here, says=["none.json"])
 
 
 def test_score_names_what_is_wrong(recordings, here):
@@ -141,8 +143,8 @@ def test_score_names_what_is_wrong(recordings, here):
     first = (recordings / NAMES[0]).read_bytes()
     (here / "made" / NAMES[0]).write_bytes(first[:40])
     flags = ("score", "--features", "tiny", "--reference", recordings, "--generated")
-    refused("eval.py", *flags, "made", cwd=here, says=[f"made/{NAMES[0]}", "cannot be read"])
-    refuses(*flags, "empty", says=["empty", "no WAV"])
+    refused("extras.eval", *flags, "made", cwd=here, says=[f"made/{NAMES[0]}", "cannot be read"])
+    refuses(*flags, "empty", says=["empty", "no sound file"])
     (here / "made/other.wav").write_bytes(first)
     refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
     refuses(*flags, recordings, "--clap", here / "empty", says=["--clap", "cannot be loaded"])
@@ -173,12 +175,15 @@ def test_clap_takes_the_prompts_of_the_manifest(recordings, clap, here, capsys):
     assert load(here / "s.json")["null"]["CLAP"] == "no manifest.json with prompts"
 
     rows = [{"file": name, "prompt": text} for name, text in zip(NAMES, CAPTIONS[:2])]
-    (here / "made/manifest.json").write_text(json.dumps(rows))          # as of sample.py
-    go(*flags)
     model = Clap(clap, "cpu")
     expected = np.mean([float(model(recordings / row["file"], [row["prompt"]], 10))
                         for row in rows])
-    assert load(here / "s.json")["CLAP"] == pytest.approx(expected, abs=1e-6)
+    weighted = [rows[0], {**rows[1], "prompt": "(rain:2) falls", "words": rows[1]["prompt"]}]
+    for written in (rows, weighted):                    # as of sample.py, and of extras.control
+        (here / "made/manifest.json").write_text(json.dumps(written))
+        go(*flags)
+        assert load(here / "s.json")["CLAP"] == pytest.approx(expected, abs=1e-6)
+        assert load(here / "s.json")["list"] == dict(zip(NAMES, CAPTIONS[:2]))
 
     (here / "made/manifest.json").write_text(json.dumps(rows[:1]))
     refuses(*flags, says=["made/manifest.json", NAMES[1], "without --clap"])
@@ -198,7 +203,40 @@ def test_auffusions_list_is_read_as_it_is_published(recordings, tmp_path, capsys
     path = write_lines(tmp_path / "test_audiocaps.raw.json", rows)
     clips = evaluate.read_clips(str(path), tmp_path / "recordings", 0)
     assert clips == {"Yid00_30.wav": "clip 0", "id01_30.wav": "clip 1", "Yid02_30.wav": "clip 2"}
-    assert "5 clips, 2 of them without a recording" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        f"N = 3 of 5 clips; 2 without a recording in {tmp_path / 'recordings'}: "
+        "/data/audiocaps/data/id03_30.wav, /data/audiocaps/data/id04_30.wav\n")
+
+
+ID = "abc_12-3_Yz"                                      # as long as AudioSet's
+
+
+@pytest.mark.parametrize("file, value", [
+    (f"Y{ID}.wav", ID), (f"{ID}_30.wav", ID), (f"Y{ID}_30.000_40.000.flac", ID),
+    (f"{ID}.WAV", f"/data/Y{ID}.wav"), (f"Y{ID}.mp3", f"{ID}_30.wav"), (f"{ID}.Ogg", f"{ID}.wav"),
+    (f"{ID}_30.wav", f"Y{ID}_30.wav"), ("Rain 2.FLAC", "Rain 2.wav")])
+def test_the_names_of_mirrors_are_found(file, value, here):
+    (here / file).write_bytes(b"")
+    write_lines(here / "list.jsonl", [{"file": value, "text": "rain"}])
+    assert evaluate.read_clips("list.jsonl", here) == {f"{file.rpartition('.')[0]}.wav": ["rain"]}
+
+
+@pytest.mark.parametrize("files, value", [
+    (["Bird_1.wav"], "Bird_3.wav"), (["Rain_sounds_1.wav"], "Rain_sounds_3.wav"),
+    ([f"{ID}_0.wav", f"{ID}_30.wav"], ID), (["a.txt"], "a.wav")])
+def test_another_recording_is_not_taken_for_it(files, value, here):
+    for file in files:
+        (here / file).write_bytes(b"")
+    write_lines(here / "list.jsonl", [{"file": value, "text": "rain"}])
+    refuses("audiocaps", "--captions", "list.jsonl", "--reference", here, "--out", "out",
+            says=["holds no recording", value])
+
+
+def test_clips_without_a_recording_are_named(recordings, here, capsys):
+    rows = [{"file": name, "text": "rain"} for name in (NAMES[0], "m1.wav", "m2", "m3", "m4", "m1")]
+    evaluate.read_clips(write_lines(here / "list.jsonl", rows), recordings)
+    assert capsys.readouterr().out == (f"{here / 'list.jsonl'}: N = 1 of 6 clips; 5 without a "
+                                       f"recording in {recordings}: m1.wav, m2, m3, ...\n")
 
 
 LISTS = {
@@ -224,7 +262,7 @@ def test_all_kinds_of_lists_are_read(name, recordings, tmp_path):
     ("bad.jsonl", '{"location": "a"\n', ["line 2 is not JSON"]),
     ("bad.txt", "a dog barks\n", ["row 1 holds no caption"]),
     ("bad.csv", "file,caption\nYid00.wav\n", ["row 1 holds no caption"]),
-    ("bad.csv", "youtube_id,caption\nnone,a dog\n", ["holds no WAV", "none"]),
+    ("bad.csv", "youtube_id,caption\nnone,a dog\n", ["holds no recording", "none"]),
     ("bad.xls", "", ["unknown ending"]), ("bad.csv", None, ["no such file"])])
 def test_a_bad_list_is_named_with_its_row(name, text, says, recordings, here):
     if text is not None:
@@ -236,34 +274,104 @@ def test_a_bad_list_is_named_with_its_row(name, text, says, recordings, here):
 
 # ---- the paper's protocols ---------------------------------------------------------------------
 
-def test_audiocaps_is_resumed_and_notices_another_system(recordings, here, capsys):
+def test_audiocaps_is_resumed_and_notices_another_system(recordings, plain, here, capsys):
     flags = ("audiocaps", "--captions", recordings / "list.csv", "--reference", recordings,
-             "--features", "tiny", "--out", "ac", "--teacher", "tiny", "--which", 2)
-    go(*flags, "--teacher_steps", 2)
+             "--features", "tiny", "--out", "ac", "--teacher", plain, "--which", 2,
+             "--precision", "fp32")
+    go(*flags, "--teacher_steps", 10)
     output = capsys.readouterr().out
-    assert "13 clips, 1 of them without a recording" in output and "N = 12" in output
+    assert f"N = 12 of 13 clips; 1 without a recording in {recordings}: gone\n" in output
     before, row = contents(here / "ac/clips"), load(here / "ac/scores.json")
-    texts = {name: world.captions()[1][40 + i][0] for i, name in enumerate(NAMES)}
-    assert load(here / "ac/clips/manifest.json")["clips"] == row["list"] == texts
+    assert load(here / "ac/clips/manifest.json")["clips"] == row["list"] == TEXTS
 
     (here / "ac/clips" / NAMES[3]).unlink()
-    go(*flags, "--teacher_steps", 2)
+    go(*flags, "--teacher_steps", 10)
     after, again = contents(here / "ac/clips"), load(here / "ac/scores.json")
     assert [name for name in before if before[name][1] != after[name][1]] == [NAMES[3]]
     for key in ("FD", "KL", "IS"):                      # a batch of one rounds otherwise
         assert again.pop(key) == pytest.approx(row.pop(key), rel=1e-3)
     assert again == row
-    refuses(*flags, "--teacher_steps", 3, says=["ac/clips", "steps differs"])
-    refuses(*flags, "--teacher_steps", 2, "--seed", 1, says=["ac/clips", "seed differs"])
+    refuses(*flags, "--teacher_steps", 20, says=["ac/clips", "steps differs"])
+    refuses(*flags, "--teacher_steps", 10, "--seed", 1, says=["ac/clips", "seed differs"])
     refuses(*flags, "--which", 3, says=["fewer than 4 captions", "--which"])
     assert contents(here / "ac/clips") == after
 
 
-def test_a_row_names_its_clips_and_the_list(recordings, here, capsys):
+@pytest.fixture
+def one(recordings, here, broken):
+    """Flags to make a clip with a teacher that may be broken, and one with its student."""
+    write_lines(here / "one.jsonl", [{"file": NAMES[0], "text": "a dog barks"}])
+    (here / "student").mkdir()
+    for path in (broken / "unet").iterdir():
+        (here / "student" / path.name).write_bytes(path.read_bytes())
+    about = {"teacher": str(broken), "parameterization": "eps"}
+    (here / "student/swiftaudio.json").write_text(json.dumps(about))
+    flags = ("audiocaps", "--captions", "one.jsonl", "--reference", recordings, "--features",
+             "tiny", "--precision", "fp32", "--out")
+    return (*flags, "t", "--teacher", broken, "--teacher_steps", 1), (*flags, "s", "--student",
+                                                                      "student")
+
+
+def test_whatever_made_a_clip_is_noticed_when_it_changes(one, here, broken, monkeypatch):
+    for flags in one:
+        go(*flags)
+    before = [contents(here / out / "clips") for out in ("t", "s")]
+    both = ("swiftaudio.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+            "text_encoder/config.json", "vae/config.json", "vocoder/config.json")
+    for path, of in [*((broken / name, one) for name in both),
+                     (broken / "unet/config.json", one[:1]),
+                     (here / "student/swiftaudio.json", one[1:])]:
+        was = path.read_text()
+        path.write_text(was + "\n")
+        for flags in of:
+            refuses(*flags, says=["/clips", "sha256 differs", "--out"])
+        path.write_text(was)
+    (here / "student/README.md").write_text("a card")   # no part of it
+    for flags in one:
+        go(*flags)
+    assert [contents(here / out / "clips") for out in ("t", "s")] == before
+    monkeypatch.setattr(evaluate, "CLIPS_VERSION", 2)
+    refuses(*one[0], says=["t/clips", "version differs"])
+
+
+def test_of_clips_that_are_not_finite_nothing_is_written(one, here, broken):
+    path = broken / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v * torch.nan for k, v in load_file(path).items()}, path, {"format": "pt"})
+    refuses(*one[0], says=["not finite"])
+    assert not (here / "t").exists()
+
+
+def test_vggish_hears_the_mean_of_the_channels_and_its_dc(recordings, here, monkeypatch):
+    """As in the public evaluation code; CNN14 hears the first channel less its mean."""
+    heard = {}
+
+    def load_network(kind, folder, download):
+        def network(wav):
+            heard.setdefault(kind, []).append(wav)
+            return wav[:, :8] if kind is metrics.VGGish else (wav[:, :8], wav[:, :8])
+
+        network.to = lambda device: network
+        return network, "digest"
+
+    monkeypatch.setattr(metrics, "load_network", load_network)
+    left = soundfile.read(recordings / NAMES[0], dtype="float32")[0] + 0.25
+    (here / "made").mkdir()
+    for n in range(2):
+        soundfile.write(here / f"made/{n}.wav", np.stack([left, 0 * left], 1), 16000, "FLOAT")
+    go("score", "--generated", "made", "--reference", "made", "--json", "s.json")
+    np.testing.assert_allclose(heard[metrics.VGGish][0][0], left / 2, atol=1e-7)
+    np.testing.assert_allclose(heard[metrics.Cnn14][0][0], left - left.mean(), atol=1e-6)
+    row = load(here / "s.json")
+    assert row["FAD"] == pytest.approx(0, abs=1e-6) and "FAD" not in row["null"]
+    (here / "old.json").write_text(json.dumps({k: v for k, v in row.items() if k != "fad_reads"}))
+    refuses("table", "s.json", "old.json", says=["fad_reads differs", "--anyway"])
+
+
+def test_a_row_names_its_clips_and_the_list(recordings, plain, here, capsys):
     rows = [{"audio_path": f"/data/{name}", "text": "rain falls"} for name in NAMES[:2]]
     write_lines(here / "list.raw.json", rows)
     go("audiocaps", "--captions", here / "list.raw.json", "--reference", recordings, "--features",
-       "tiny", "--out", "ac", "--teacher", "tiny", "--teacher_steps", 1)
+       "tiny", "--out", "ac", "--teacher", plain, "--teacher_steps", 1)
     row = load(here / "ac/scores.json")
     assert row["captions"] == "list.raw.json" and row["N"] == 2 and row["crop_seed"] is None
     head, line = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
@@ -273,8 +381,9 @@ def test_a_row_names_its_clips_and_the_list(recordings, here, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[1:] == line[1:]
 
 
-def test_a_clip_depends_on_its_name_and_prompt_and_not_on_the_rest_of_the_list(recordings, here):
-    flags = ("audiocaps", "--reference", recordings, "--features", "tiny", "--teacher", "tiny",
+def test_a_clip_depends_on_its_name_and_prompt_not_on_the_rest_of_the_list(
+        recordings, plain, here):
+    flags = ("audiocaps", "--reference", recordings, "--features", "tiny", "--teacher", plain,
              "--teacher_steps", 1, "--batch_size", 1, "--precision", "fp32")
     for out, names in (("all", NAMES[:3]), ("one", NAMES[2:3])):
         rows = [{"file": name, "text": f"caption of {name}"} for name in names]
@@ -304,8 +413,8 @@ def test_a_system_that_cannot_be_is_refused_before_anything_is_written(recording
 
 
 @pytest.fixture
-def clotho(recordings, here, clap):
-    """A function that runs `eval.py clotho` on three recordings of five captions each."""
+def clotho(recordings, plain, here, clap):
+    """A function that runs `extras.eval clotho` on three recordings of five captions each."""
     with open(here / "list.csv", "w", newline="") as f:
         rows = [(name, *CAPTIONS) for name in NAMES[:3]]
         head = ("file_name", *(f"caption_{k}" for k in range(1, 6)))
@@ -313,7 +422,7 @@ def clotho(recordings, here, clap):
 
     def run(*flags, out="out"):
         go("clotho", "--captions", "list.csv", "--reference", recordings, "--features", "tiny",
-           "--clap", clap, "--seconds", 2.0, "--teacher", "tiny", "--teacher_steps", 1,
+           "--clap", clap, "--seconds", 2.0, "--teacher", plain, "--teacher_steps", 1,
            "--out", out, *flags)
         return load(here / out / "scores.json")
 

@@ -10,10 +10,13 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
+from conftest import refused
 from PIL import Image
 
-from extras.cli import InputError
-from extras.listen import check_folders, page_data, read_manifest, write_page
+from data import InputError
+from extras import listen
+from extras.listen import check_folders, page_data, write_page
+from sample import read_manifest
 
 DOG = "a dog </script> \"barks\" & <b>howls</b> 犬"
 
@@ -73,12 +76,30 @@ def test_a_page_loads_nothing_from_elsewhere(folders, tmp_path):
     assert "http" not in page and page.count("</script>") == 1 and "/*DATA*/" not in page
 
 
-def test_a_blind_test_has_no_pictures(folders, tmp_path):
-    write_page(tmp_path / "listen.html", folders, blind=True)
-    data = read_page(tmp_path / "listen.html")
-    clips = [clip for row in data["rows"] for clip in row["clips"].values()]
-    assert data["blind"] is True and len(clips) == 5
-    assert all(clip["png"] is None and clip["wav"] for clip in clips)
+def test_the_command_line(folders, tmp_path, monkeypatch, capsys):
+    """Into the first folder, or where --out says; folders as they are called from where one is."""
+    monkeypatch.chdir(tmp_path)
+    for flags, path in (([], "ours/listen.html"), (["--blind"], "ours/listen.html"),
+                        (["--out", "x.html"], "x.html")):
+        listen.main(["ours", "./theirs/", *flags])
+        assert capsys.readouterr().out == f"{path}\n"
+        data = read_page(tmp_path / path)
+        assert data["blind"] is ("--blind" in flags) and data["systems"] == ["ours", "theirs"]
+        assert [(row["prompt"], sorted(row["clips"])) for row in data["rows"]] == [
+            (DOG, ["0"]), (DOG, ["0"]), ("rain", ["0", "1"]), ("snow", ["1"])]
+        clips = [clip for row in data["rows"] for clip in row["clips"].values()]
+        assert all(clip["wav"] and (clip["png"] is None) == data["blind"] for clip in clips)
+
+
+def test_pages_that_cannot_be_made_are_one_line_and_nothing_is_written(folders, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for flags, says in (([], "required: FOLDER"),
+                        (["ours", "nowhere"], "nowhere: holds no manifest"),
+                        (["nowhere", "ours"], "nowhere: holds no manifest"),
+                        (["ours", "ours"], "same name"), (["ours", "--blind", "--loud"], "--loud"),
+                        (["ours", "--out", "no/x.html"], "no/x.html: not saved")):
+        refused("extras.listen", *flags, cwd=tmp_path, says=[says])
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_one_folder_and_its_files_are_not_touched(folders, tmp_path):
@@ -90,20 +111,17 @@ def test_one_folder_and_its_files_are_not_touched(folders, tmp_path):
 
 def test_folders_that_cannot_be_shown_are_named(folders, tmp_path):
     ours, theirs = folders
-    check_folders(ours, [theirs])
-    check_folders(tmp_path / "not yet", [theirs])           # --out may be new
-
+    check_folders(folders)
     twin = shutil.copytree(theirs, tmp_path / "more/ours")
-    for beside, says in (([tmp_path / "nowhere"], "nowhere: holds no manifest.json"),
-                         ([ours], "same name"), ([twin], "same name"), ([theirs] * 2, "same name")):
+    for shown, says in (([ours, tmp_path / "nowhere"], "nowhere: holds no manifest.json"),
+                        ([ours, twin], "same name"), ([ours, ours], "same name"),
+                        ([ours, theirs, theirs], "same name")):
         with pytest.raises(InputError, match=says):
-            check_folders(ours, beside)
+            check_folders(shown)
 
     for name in ("0.wav", "1.png"):
         content = (theirs / name).read_bytes()
         (theirs / name).unlink()
-        with pytest.raises(InputError, match=f"{name}: is missing"):
-            check_folders(ours, [theirs])
         with pytest.raises(InputError, match=f"{name}: is missing"):
             write_page(tmp_path / "listen.html", folders, blind=False)
         (theirs / name).write_bytes(content)

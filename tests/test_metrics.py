@@ -20,20 +20,10 @@ from transformers import (
 )
 from transformers.audio_utils import mel_filter_bank
 
+from data import InputError
 from extras import metrics
-from extras.cli import InputError
-from extras.metrics import (
-    Cnn14,
-    VGGish,
-    frechet,
-    inception_score,
-    kl_divergence,
-    load_network,
-    pair,
-    score_folders,
-    scores,
-    sha256,
-)
+from extras.audio import read_audio
+from extras.metrics import Cnn14, VGGish, frechet, load_network, pair, scores
 
 
 @pytest.fixture
@@ -52,26 +42,16 @@ def test_frechet_distance_has_its_closed_forms(g, n, d):
     assert frechet(centred, 2 * centred) == pytest.approx(variance, rel=1e-9)   # (2 - 1)^2 tr S
 
 
-def test_frechet_distance_equals_that_of_eigenvalues(g):
-    """tr (Sx Sy)^(1/2) is the sum of the roots of the product's eigenvalues."""
-    x = torch.randn(300, 6, generator=g).double()
-    y = torch.randn(200, 6, generator=g).double() @ torch.randn(6, 6, generator=g).double()
-    sx, sy, dm = x.T.cov(), y.T.cov(), x.mean(0) - y.mean(0)
-    cross = torch.linalg.eigvals(sx @ sy).real.clamp(min=0).sqrt().sum()
-    expected = dm @ dm + sx.trace() + sy.trace() - 2 * cross
-    assert frechet(x, y) == pytest.approx(float(expected), rel=1e-9)
-
-
 def test_kl_has_its_closed_form():
     z = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
     expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
-    assert kl_divergence(z, torch.zeros(2, 3)) == pytest.approx(expected, abs=1e-5)
-    assert kl_divergence(z, z) == pytest.approx(0, abs=1e-5)
+    assert metrics.kl_divergence(z, torch.zeros(2, 3)) == pytest.approx(expected, abs=1e-5)
+    assert metrics.kl_divergence(z, z) == pytest.approx(0, abs=1e-5)
 
 
 def test_inception_score_is_one_without_variety_and_the_classes_with_all_of_it():
-    assert inception_score(torch.zeros(20, 3)) == pytest.approx(1)
-    assert inception_score(torch.eye(3) * 100, 1) == pytest.approx(3)
+    assert metrics.inception_score(torch.zeros(20, 3)) == pytest.approx(1)
+    assert metrics.inception_score(torch.eye(3) * 100, 1) == pytest.approx(3)
 
 
 def test_scores_of_too_few_clips_are_none(g):
@@ -137,24 +117,19 @@ def cnn14_state():
 
 def cnn14_by_layer(wav, s):
     """What CNN14 is, from PyTorch's spectrogram and the state's tensors: (embedding, logits)."""
-    def norm(x, name, axis):
-        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
-        mean, var, weight, bias = (s[f"{name}.{k}"].view(shape) for k in (
-            "running_mean", "running_var", "weight", "bias"))
-        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+    def norm(x, name):
+        return F.batch_norm(x, *(s[f"{name}.{k}"] for k in (
+            "running_mean", "running_var", "weight", "bias")))
 
     spectrum = torch.stft(wav[0], 512, 160, window=torch.hann_window(512), center=True,
                           pad_mode="reflect", return_complex=True)
     mel = (spectrum.abs() ** 2).T @ s["logmel_extractor.melW"]
-    x = norm(10 * torch.log10(mel.clamp(min=1e-10))[None, None], "bn0", 3)      # (1, 1, T, 64)
+    x = norm(10 * torch.log10(mel.clamp(min=1e-10)), "bn0")[None, None]         # (1, 1, T, 64)
     for block in range(1, 7):
         for conv in (1, 2):
             x = F.conv2d(x, s[f"conv_block{block}.conv{conv}.weight"], padding=1)
-            x = norm(x, f"conv_block{block}.bn{conv}", 1).relu()
-        if block < 6:
-            t, m = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
-            x = (x[:, :, :t:2, :m:2] + x[:, :, 1:t:2, :m:2]
-                 + x[:, :, :t:2, 1:m:2] + x[:, :, 1:t:2, 1:m:2]) / 4
+            x = norm(x, f"conv_block{block}.bn{conv}").relu()
+        x = F.avg_pool2d(x, 2) if block < 6 else x
     x = x.mean(3)
     x = (x.max(2).values + x.mean(2)) @ s["fc1.weight"].T + s["fc1.bias"]
     return x.relu(), x.relu() @ s["fc_audioset.weight"].T + s["fc_audioset.bias"]
@@ -174,7 +149,8 @@ def test_cnn14_is_its_layers_and_is_read_from_a_file_of_numpy_1(tmp_path, g):
                 target.writestr(item, content.replace(new, old) if pickled else content)
 
     net, digest = load_network(Cnn14, tmp_path)
-    assert digest == sha256(tmp_path / Cnn14.file) and len(digest) == 64 and not net.training
+    assert digest == metrics.sha256(tmp_path / Cnn14.file) and len(digest) == 64
+    assert not net.training
     wav = 0.3 * torch.randn(1, 32000, generator=g)
     with torch.no_grad():
         e, logits = net(wav)
@@ -268,6 +244,18 @@ def test_the_networks_are_those_of_the_public_packages(tmp_path, monkeypatch, g)
         torch.testing.assert_close(ours(wav[:1]), expected, rtol=0, atol=1e-6)
 
 
+def test_the_tiny_worlds_classifier_hears_what_it_did():
+    net = metrics.load_classifier()
+    assert not net.training and net.head.out_features == 28
+    mel = 3 * torch.sin(torch.arange(2 * 64 * 256).view(2, 64, 256) / 999) - 4
+    assert metrics.blocks(mel).shape == (2, 32, 64)
+    with torch.no_grad():
+        e, logits = net(mel)
+    assert e.shape == (2, 128) and e.min() == 0
+    assert e.mean(1).tolist() == pytest.approx([1.3127271, 1.1393423], rel=1e-4)
+    assert logits.mean(1).tolist() == pytest.approx([-15.256699, -14.523773], rel=1e-4)
+
+
 class Small(torch.nn.Linear):
     """A network to load in the place of the two, which are large."""
 
@@ -278,12 +266,12 @@ class Small(torch.nn.Linear):
 
 
 def test_missing_or_wrong_network_files_are_named(tmp_path):
-    missing = r"Cnn14_16k_mAP=0.438.pth: not there; download it from https://zenodo"
+    missing = r"Cnn14_16k_mAP=0.438.pth: missing; get https://zenodo.* --download"
     with pytest.raises(InputError, match=missing):
         load_network(Cnn14, tmp_path)
     for content in ({"model": {"weight": torch.zeros(2)}}, {"model": print}, [1]):
         torch.save(content, tmp_path / Small.file)
-        with pytest.raises(InputError, match="small.pth: is not the published file or is damaged"):
+        with pytest.raises(InputError, match="small.pth: not the published file, or damaged"):
             load_network(Small, tmp_path)
 
 
@@ -320,15 +308,22 @@ def test_folders_are_paired_by_name(tmp_path, capsys):
     write_noise(real, ("a.wav", "b.wav", "c.wav"), 0)
     write_noise(made, ("b.wav", "a.wav"), 1)
     (made / "notes.txt").write_text("not a clip")
-    assert pair(made, real) == ["a.wav", "b.wav"]
+    assert list(pair(made, real)) == ["a.wav", "b.wav"]
     assert "1 of 3 files" in capsys.readouterr().out
-    assert pair(made, real, {"b.wav": "rain"}) == ["b.wav"]
+    assert pair(made, real, {"b.wav": "rain"}) == {"b.wav": (made / "b.wav", real / "b.wav")}
     write_noise(made, ("d.wav",), 2)
     with pytest.raises(InputError, match="made: 1 of 3 files have no partner in .*real, d.wav"):
         pair(made, real)
     for generated, reference in ((tmp_path / "none", real), (made, tmp_path / "none")):
-        with pytest.raises(InputError, match="none: holds no WAV file"):
+        with pytest.raises(InputError, match="none: holds no sound file"):
             pair(generated, reference)
+
+
+def test_recordings_may_be_of_other_kinds_and_letters(tmp_path):
+    real, made = tmp_path / "real", tmp_path / "made"
+    write_noise(real, ("a.WAV", "b.flac", "c.ogg", "d.Mp3"), 0)
+    write_noise(made, ("a.wav", "b.wav", "c.wav", "d.wav"), 1)
+    assert [p.name for _, p in pair(made, real).values()] == ["a.WAV", "b.flac", "c.ogg", "d.Mp3"]
 
 
 def test_each_score_is_of_its_own_rows(tmp_path):
@@ -337,17 +332,20 @@ def test_each_score_is_of_its_own_rows(tmp_path):
     real, made = tmp_path / "real", tmp_path / "made"
     write_noise(real, names, 0)
     write_noise(made, names, 1)
-    hear = lambda wav: (wav[:, :5], 9 * wav[:, 5:9], wav[0, :30].view(10, 3))
+    def hear(path, seconds):
+        wav = read_audio(path, seconds)[None]
+        return wav[:, :5], 9 * wav[:, 5:9], wav[0, :30].view(10, 3)
+
     prompts = {name: str(k) for k, name in enumerate(names)}
     clap = lambda path, texts, seconds: torch.tensor([float(texts[0]) * (path.parent == made)])
-    found, row = score_folders(made, real, hear, 2.0, clap, prompts)
-    r, m = (torch.stack([metrics.read_audio(folder / name)[:30] for name in names])
+    found, row = metrics.score_folders(made, real, hear, 2.0, clap, prompts)
+    r, m = (torch.stack([read_audio(folder / name)[:30] for name in names])
             for folder in (real, made))
     expected = scores((r[:, :5], 9 * r[:, 5:9]), (m[:, :5], 9 * m[:, 5:9]))
     assert found == names and row["N"] == 12 and row["CLAP"] == 5.5
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
     assert row["FAD"] == pytest.approx(frechet(r.view(-1, 3), m.view(-1, 3)), rel=1e-5)
-    _, row = score_folders(made, real, lambda wav: hear(wav)[:2], 2.0, clap)
+    _, row = metrics.score_folders(made, real, lambda *cut: hear(*cut)[:2], 2.0, clap)
     assert row["FAD"] is None and row["CLAP"] is None
 
 

@@ -12,52 +12,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from extras.audio import encode_audio, picture
-from extras.cli import InputError, Parser, run
-from extras.edit import invert
-from extras.hub import TINY
-from extras.prompts import parse_weights, token_weights
-from sample import add_system, draw_noise, open_system
+from data import Parser, cli, require
+from extras.audio import encode_audio
+from extras.control import invert, parse_weights, reweighted, token_weights
+from extras.metrics import load_classifier
+from model import load_student, open_student
+from sample import picture
 from tiny import score, world
 
 
-class System:
-    """A tiny student: from captions with weights to log-mels, and to what is heard in them."""
+def load(student, seconds=None):
+    """Load a student of the tiny teacher, or its own UNet in one step: a System."""
+    require(score.is_of_tiny(open_student(student)[2]),
+            f"{student}: is no student of the tiny teacher")
+    return load_student(student, "tiny", seconds, device="cpu")
 
-    def __init__(self, student, seconds=None):
-        flags = Parser(__doc__)
-        add_system(flags.add_argument)
-        args = flags.parse_args(["--student", str(student), "--device", "cpu"])
-        self.pipe, self.latents, _ = open_system(args, seconds)
-        if self.pipe.folder.resolve() != TINY:
-            raise InputError(f"{student}: is no student of the tiny teacher")
-        self.classifier = score.load_classifier()
 
-    def noise(self, n, seed=0):
-        return draw_noise(self.pipe, range(n), seed)
+@torch.no_grad()
+def make(system, captions, z_T, batch=32):
+    """Make log-mels (n, 64, frames) of captions such as "(rain:2) falls"."""
+    texts, weights = zip(*map(parse_weights, captions))
+    weights, mels = token_weights(system, texts, weights), []
+    for i in range(0, len(texts), batch):
+        part = slice(i, i + batch)
+        with reweighted(system.unet, weights[part]):
+            x0 = system.latents(z_T[part], system.encode_text(texts[part]))
+        mels.append(system.decoder.decode(x0))
+    return torch.cat(mels)
 
-    @torch.no_grad()
-    def mels(self, captions, z_T, batch=32):
-        """Make log-mels (n, 64, frames) of captions such as "(rain:2) falls"."""
-        texts, weights = zip(*map(parse_weights, captions))
-        weights, mels = token_weights(self.pipe, texts, weights), []
-        for i in range(0, len(texts), batch):
-            part = slice(i, i + batch)
-            text = self.pipe.encode_text(texts[part])
-            mels.append(self.pipe.decode(self.latents(z_T[part], text, weights[part])).cpu())
-        return torch.cat(mels)
 
-    def heard(self, mels, events):
-        """The largest probability of each clip's event, whatever its adverb: (n,)."""
-        p = score.features(self.classifier, mels)[1].sigmoid()              # (n, labels)
-        return torch.stack([row[[label.startswith(event + " ") for label in world.LABELS]].max()
-                            for row, event in zip(p, events)])
-
-    def heard_in_windows(self, captions, *events):
-        """heard() in windows of 2.56 s, or in the whole clip if shorter: (windows, n) each."""
-        window = min(256, round(self.pipe.seconds * 100))
-        windows = self.mels(captions, self.noise(len(captions))).split(window, 2)
-        return [torch.stack([self.heard(part, e) for part in windows]) for e in events]
+def heard(mels, events):
+    """The largest probability of each clip's event, whatever its adverb: (n,)."""
+    p = score.features(load_classifier(), mels)[1].sigmoid()                # (n, labels)
+    return torch.stack([row[[label.startswith(event + " ") for label in world.LABELS]].max()
+                        for row, event in zip(p, events)])
 
 
 def row_of(*mels):
@@ -85,15 +73,14 @@ def pairs(n):
 
 def sweep(student, figure=None):
     """Weight the words of the first of two events: are it and the other one heard?"""
-    system, rows = System(student), pairs(128)
-    z_T, results = system.noise(len(rows)), {}
+    system, rows, results = load(student), pairs(128), {}
+    z_T = system.noise(range(len(rows)), 0)
     print("| weight | event of that weight | the other event |\n|---|---|---|")
     for w in (0, 0.5, 1, 1.5, 2, 3, 4):
-        mels = system.mels([f"({a}:{w}) {join} {b}" for _, a, join, _, b in rows], z_T)
-        first, second = (system.heard(mels, [row[k] for row in rows]) for k in (0, 3))
+        mels = make(system, [f"({a}:{w}) {join} {b}" for _, a, join, _, b in rows], z_T)
+        first, second = (heard(mels, [row[k] for row in rows]) for k in (0, 3))
         results[w] = mels, first
         print(f"| {w} | {first.mean():.2f} | {second.mean():.2f} |")
-
     if figure:                                  # of the caption that the weight changes most
         k = int((results[2][1] - results[0][1]).argmax())
         _, a, join, _, b = rows[k]
@@ -103,28 +90,27 @@ def sweep(student, figure=None):
 
 def refine(student, figure=None):
     """Add a second event to a caption, with the same noise: does the first one stay as it was?"""
-    system, rng, n = System(student), np.random.default_rng(0), 100
+    system, rng, n = load(student), np.random.default_rng(0), 100
     events = [world.NAMES[i % len(world.NAMES)] for i in range(n)]
     added = [str(rng.choice([e for e in world.NAMES if e != event])) for event in events]
     words = [world.phrase(e, 0, str(rng.choice(world.EVENTS[e][3]))) for e in events]
     longer = [f"{w} while {world.phrase(e, 0, world.EVENTS[e][3][0])}"
               for w, e in zip(words, added)]
-    before, after, other = (system.mels(captions, system.noise(n, seed))
-                            for captions, seed in ((words, 0), (longer, 0), (longer, 1)))
+    z_T, z_other = (system.noise(range(n), seed) for seed in (0, 1))
+    before, after, other = (make(system, captions, noise) for captions, noise in (
+        (words, z_T), (longer, z_T), (longer, z_other)))
     loud = before > before.flatten(1).quantile(0.9, 1)[:, None, None]
     same, another = (((mels - before).abs() * loud).sum() / loud.sum() for mels in (after, other))
     print(f"{n} pairs. Where the clip is loudest (a tenth of its spectrogram), log-mel moves by "
           f"{same:.2f} with the same noise, {another:.2f} with another")
     for name, mels in (("before", before), ("after", after)):
-        print(f"heard {name}: first {system.heard(mels, events).mean():.2f}, "
-              f"added {system.heard(mels, added).mean():.2f}")
-
+        print(f"heard {name}: first {heard(mels, events).mean():.2f}, "
+              f"added {heard(mels, added).mean():.2f}")
     if figure:                                  # of the pair that is heard best
-        k = int((system.heard(after, events) * system.heard(after, added)).argmax())
+        k = int((heard(after, events) * heard(after, added)).argmax())
         swapped = longer[k].replace(words[k], world.phrase("cat", 0, "twice"))
         print(f"{figure}: {words[k]!r}, {longer[k]!r}, {swapped!r}")
-        cat = system.mels([swapped], system.noise(n)[k:k + 1])[0]
-        row_of(before[k], after[k], cat).save(figure)
+        row_of(before[k], after[k], make(system, [swapped], z_T[k:k + 1])[0]).save(figure)
 
 
 def loudness(mels):
@@ -135,13 +121,13 @@ def loudness(mels):
 
 def noises_of(system, x0, source):
     """Noise from which to edit recordings with latents x0 and captions `source`: {how: z_T}."""
-    z_T, fresh = system.noise(len(source)), system.noise(len(source), 1)
+    z_T, fresh = (system.noise(range(len(source)), seed) for seed in (0, 1))
     unit = x0 / x0.std((1, 2, 3), keepdim=True)
     found = {"unrelated noise": z_T}
     for r in (0.1, 0.2, 0.3, 0.5):
         found[f"mixed, {r}"] = r * unit + (1 - r * r) ** 0.5 * z_T
     for name, words in (("its caption", source), ("no words", [""] * len(source))):
-        text = system.pipe.encode_text(words)
+        text = system.encode_text(words)
         inverted, _ = invert(lambda z: system.latents(z, text), x0, z_T)
         for s in (0, 0.2, 0.4, 0.7):
             found[f"inverted with {name}, strength {s}"] = (1 - s * s) ** 0.5 * inverted + s * fresh
@@ -150,27 +136,24 @@ def noises_of(system, x0, source):
 
 def edit(student):
     """Replace the event of a recording by the next one that can be counted."""
-    system = System(student)
-    counted = [e for e in world.NAMES if "twice" in world.EVENTS[e][3]]
+    system, counted = load(student), [e for e in world.NAMES if "twice" in world.EVENTS[e][3]]
     rows = [(e, counted[(i + 1) % len(counted)], adverb)
             for i, e in enumerate(counted) for adverb in ("once", "twice") for _ in range(4)]
     old, new, adverbs = zip(*rows)
     wavs = [world.render(np.random.default_rng((7, i)), ((e, 0, adverb),), "")[0]
             for i, (e, _, adverb) in enumerate(rows)]
-    x0 = encode_audio(system.pipe, torch.from_numpy(np.stack(wavs)))
-    recording = system.pipe.decode(x0)
+    x0 = encode_audio(system, torch.from_numpy(np.stack(wavs)))
+    recording = system.decoder.decode(x0)
     source, target = ([world.phrase(e, 0, adverb) for e, adverb in zip(events, adverbs)]
                       for events in (old, new))
-
     print(f"{len(rows)} recordings of one event, replaced by another")
     print("| noise | off the recording, its own caption | new event heard | old event heard "
           "| loudness over time, correlation |\n|---|---|---|---|---|")
     for name, z_T in noises_of(system, x0, source).items():
-        same, other = system.mels(source, z_T), system.mels(target, z_T)
-        off = (same - recording).abs().mean()
+        same, other = make(system, source, z_T), make(system, target, z_T)
         alike = (loudness(other) * loudness(recording)).mean()
-        print(f"| {name} | {off:.2f} | {system.heard(other, new).mean():.2f} "
-              f"| {system.heard(other, old).mean():.2f} | {alike:.2f} |", flush=True)
+        print(f"| {name} | {(same - recording).abs().mean():.2f} | {heard(other, new).mean():.2f} "
+              f"| {heard(other, old).mean():.2f} | {alike:.2f} |", flush=True)
 
 
 def length(student, n=48):
@@ -186,11 +169,12 @@ def length(student, n=48):
     print("| seconds | steady event, of windows | two counted events, windows each |")
     print("|---|---|---|")
     for seconds in (0.64, 1.28, 2.56, 5.12, 10.24, 20.48):
-        system = System(student, seconds)
-        fills, = system.heard_in_windows(single, one)
-        a, b = system.heard_in_windows(both, first, second)
-        print(f"| {seconds:g} | {fills.mean():.2f} | {((a + b) / 2).sum(0).mean():.2f} |",
-              flush=True)
+        system = load(student, seconds)
+        z_T, window = system.noise(range(n), 0), round(100 * min(2.56, seconds))
+        parts, two = (make(system, captions, z_T).split(window, 2) for captions in (single, both))
+        fills = torch.stack([heard(part, one) for part in parts]).mean()
+        come = torch.stack([(heard(part, first) + heard(part, second)) / 2 for part in two])
+        print(f"| {seconds:g} | {fills:.2f} | {come.sum(0).mean():.2f} |", flush=True)
 
 
 def main(argv=None):
@@ -202,10 +186,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.what in drawn:
         return drawn[args.what](args.student, args.figure)
-    if args.figure:
-        raise InputError("--figure goes with sweep or refine")
+    require(not args.figure, "--figure goes with sweep or refine")
     plain[args.what](args.student)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

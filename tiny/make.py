@@ -2,7 +2,8 @@
 
     python tiny/make.py                   # everything, about an hour and a half on 2 CPU cores
     python tiny/make.py --stage teacher   # some of: data, vae, classifier, decoder, decoder2,
-                                          # teacher, again, settings, baselines
+                                          # teacher, again, settings, and what the three
+                                          # held-out lists are scored by: first, second, third
 
 Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to
 tiny/build. Each stage reads what the ones before it wrote.
@@ -19,16 +20,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Parser, cli, replace_file
 from extras.audio import log_mel, mel_to_image
-from extras.cli import Parser, replace_file, run
-from extras.decoder import decoder_loss, energy
-from model import Pipeline
+from extras.metrics import Classifier, load_classifier
+from recipes.decoder import decoder_loss, energy
 from tiny import score, world
 from tiny.score import HERE
 
@@ -37,8 +38,8 @@ BUILD, TEACHER = HERE / "build", HERE / "teacher"
 # A quarter less time on a CPU that has it; the weights stay fp32.
 BF16 = torch.autocast("cpu", torch.bfloat16)
 
-# The tiny teacher's own defaults, which train.py and sample.py read from its folder; LOG.md says
-# how they were found.
+# The tiny teacher's own defaults, which train.py and sample.py read from its folder; docs/LOG.md
+# says how they were found.
 SETTINGS = {
     "seconds": world.SECONDS,
     "sample": {"guidance": 2.0},
@@ -47,9 +48,9 @@ SETTINGS = {
         "lr": 2e-4, "lora_lr": 2e-3, "warmup": 20, "beta1": 0.5, "beta2": 0.99,
         "weight_decay": 0.0, "decay": True, "ema": 0.98, "guidance": 2.0, "lora_guidance": 1.0,
         "lora_weighting": "v", "lora_rank": 16, "lora_alpha": 16.0, "lora_targets": "all",
-        "tv": "none", "save_every": 100,
+        "tv": "none", "save_every": 100, "keep_every": 0,
     },
-    "decoder": {                # of extras/decoder.py: a quarter of the VAE decoder's arithmetic
+    "decoder": {                # of recipes/decoder.py: a quarter of the VAE decoder's arithmetic
         "out_channels": 1, "decoder_block_out_channels": [16] * 4,
         "num_decoder_blocks": [8, 6, 2, 0],
     },
@@ -204,7 +205,7 @@ def stage_classifier(steps=2500, size=48, returned=5000):
             x.append(energy(vae.decode(z).sample))
     x, y = torch.cat(x).float(), torch.cat([labels, labels[:returned]]).float()
     torch.manual_seed(SEED)
-    net = score.Classifier()
+    net = Classifier(len(world.LABELS))
 
     def loss(step):
         rng = np.random.default_rng((SEED, 1, step))
@@ -330,24 +331,31 @@ def stage_settings():
     write_json(TEACHER / "model_index.json", MODEL_INDEX, indent=2)
 
 
-def stage_baselines(seeds=(0, 1, 2)):
-    """What scoring a student needs and no student changes: the reference, and the other rows."""
-    first, second = score.held_out(512), score.held_out(512, second=True)
-    pipe, classifier, rows = Pipeline("tiny"), score.load_classifier(), first + second
-    heard = score.features(classifier, score.real(rows, score.REFERENCE))
-    teacher = score.generate(pipe, score.teacher_latents(pipe, score.STEPS), rows,
-                             "the teacher's reference", score.TEACHER_SEED)
-    heard = *heard, score.features(classifier, teacher)[0]
+def stage_baselines(name, seeds):
+    """What scoring a student on a held-out list needs and no student changes.
+
+    That is the reference and the other rows, put behind those of the lists before it.
+    """
+    rows, classifier = score.held_out(512, name), load_classifier()
+    clips = score.generate(score.load_teacher(score.STEPS), rows, "the teacher's reference",
+                           score.TEACHER_SEED)
+    heard = *score.features(classifier, score.real(rows, score.REFERENCE)), \
+        score.features(classifier, clips)[0]
     heard = {key: x.half() for key, x in zip(("embeddings", "logits", "teacher"), heard)}
-    replace_file(HERE / "reference.safetensors", lambda path: save_file(heard, path))
-    systems = score.baselines(pipe, first, seeds)
+    path, first = HERE / "reference.safetensors", name == "first"
+    if not first:
+        before = load_file(path)
+        heard = {key: torch.cat([before[key][:rows[0][0]], x]) for key, x in heard.items()}
+    replace_file(path, lambda tmp: save_file(heard, tmp))
+
+    table, path = score.baselines(rows, seeds), HERE / "baselines.json"
     floors = [score.FLOOR + seed for seed in seeds]
-    content = {"N": len(first), "noise_seeds": seeds, "systems": systems,
-               "second list": score.baselines(pipe, second, seeds[:1]),
+    content = {"N": len(rows), "noise_seeds": seeds, "systems": table,
                "render_seeds": {"reference": score.REFERENCE, score.FLOOR_ROW: floors}}
-    write_json(HERE / "baselines.json", content, indent=2)
-    print(score.show(systems, len(first)))
-    print(score.show(content["second list"], len(second)))
+    if not first:
+        content = {**json.loads(path.read_text()), f"{name} list": table}
+    write_json(path, content, indent=2)
+    print(score.show(table, len(rows)))
 
 
 STAGES = {
@@ -359,7 +367,9 @@ STAGES = {
     "teacher": stage_teacher,
     "again": functools.partial(stage_teacher, 2000, 7e-4, True),
     "settings": stage_settings,
-    "baselines": stage_baselines,
+    "first": functools.partial(stage_baselines, "first", (0, 1, 2)),
+    "second": functools.partial(stage_baselines, "second", (0,)),
+    "third": functools.partial(stage_baselines, "third", (0,)),
 }
 
 
@@ -373,4 +383,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

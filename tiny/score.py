@@ -1,7 +1,7 @@
 """Score a tiny student on held-out captions: Fréchet distance (FD), KL and IS.
 
     python -m tiny.score out/student                    # beside its teacher's rows, as shipped
-    python -m tiny.score out/student --second           # on the second list: to choose by
+    python -m tiny.score out/student --list second      # to choose by; third: to confirm a choice
     python -m tiny.score out/student --kind unseen      # events that no training caption pairs
     python -m tiny.score out/student --all              # the teacher's rows measured again
     python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
@@ -17,23 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from torch import nn
 from tqdm import tqdm
 
-from extras.audio import log_mel, picture
-from extras.cli import InputError, Parser, number, read_json, replace_file, replace_text, run
-from extras.hub import TINY, open_student
-from extras.metrics import frechet, scores
+import model
+from data import Parser, cli, number, read_json, replace_file, replace_text, require
+from extras.audio import log_mel
+from extras.fast import fold_upsampling
+from extras.metrics import frechet, load_classifier, scores
 from extras.publish import write_card
-from losses import guided, one_step
-from model import LOG_MAX, LOG_MIN, Pipeline, denoiser, load_unet, many_steps
-from sample import draw_noise
+from model import LOG_MAX, LOG_MIN, TINY
+from sample import picture
 from tiny import world
+from train import fingerprint
 
-HERE = Path(__file__).resolve().parent
+HERE = TINY.parent
 DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric, as printed
 FLOOR_ROW, TEACHER_ROW, STEPS = "real audio, rendered again", "teacher, {} steps", 25
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
@@ -41,63 +40,16 @@ REFERENCE, FLOOR, DIVERSE = 1, 2, 3
 TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
 
 
-# ---- the classifier ----------------------------------------------------------------------------
-
-def blocks(mel):
-    """Log energy of a log-mel (B, 64, frames) in blocks of 2 mels x 40 ms, offset as in VGGish."""
-    return (F.avg_pool2d(mel.exp()[:, None], (2, 4))[:, 0] + 0.01).log()    # (B, 32, frames / 4)
-
-
-class Classifier(nn.Module):
-    """Log-mel (B, 64, 256) -> embedding (B, 128) after its ReLU, logits (B, 28) of world.LABELS."""
-
-    def __init__(self, labels=len(world.LABELS)):
-        super().__init__()
-        chans = [1, 16, 32, 64, 64]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(chans, chans[1:]))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for o in chans[1:])
-        self.embed = nn.Linear(4 * chans[-1], 128)
-        self.head = nn.Linear(128, labels)
-
-    def forward(self, mel):
-        return self.of_blocks(blocks(mel))
-
-    def of_blocks(self, x):
-        x = (x[:, None] + 2) / 2.5                                          # (B, 1, 32, 64)
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = F.relu(norm(conv(x)))
-            x = F.max_pool2d(x, 2) if i else x
-        x = x.flatten(1, 2)                                                 # (B, 64 x 4, 8)
-        e = F.relu(self.embed(x.amax(-1) + x.mean(-1)))                     # pools time as CNN14
-        return e, self.head(e)
-
-
-def load_classifier():
-    """Load the shipped classifier, in eval mode."""
-    net = Classifier()
-    net.load_state_dict(load_file(HERE / "classifier.safetensors"))
-    return net.float().eval()
-
-
-@torch.no_grad()
-def features(classifier, mels, batch=64):
-    """Embeddings (n, 128) and logits (n, labels) of log-mels (n, 64, 256)."""
-    embeddings, logits = zip(*(classifier(part) for part in mels.split(batch)))
-    return torch.cat(embeddings), torch.cat(logits)
-
-
 # ---- sounds ------------------------------------------------------------------------------------
 
-def held_out(clips, second=False, kind="all"):
-    """So many captions of a held-out list: a list of (number, caption, events, join).
+def held_out(clips, name="first", kind="all"):
+    """So many captions of a held-out list of world.LISTS: [(number, caption, events, join)].
 
     Evenly spread, so that single events, seen and unseen pairs are all there, or of one kind. A
-    caption's number, its place among those of both lists, is also that of its noise and rendering.
+    caption's number, its place among those of all lists, is also that of its noise and rendering.
     """
-    held = world.second_list() if second else world.captions()[1]
-    numbers = world.KINDS[kind]
-    clips, first = min(clips, len(numbers)), len(held) if second else 0
+    held, numbers = world.held_out(name), world.KINDS[kind]
+    clips, first = min(clips, len(numbers)), world.LISTS.index(name) * len(held)
     return [(first + n, *held[n]) for n in (numbers[k * len(numbers) // clips]
                                             for k in range(clips))]
 
@@ -111,47 +63,60 @@ def real(rows, seed):
 
 
 @torch.no_grad()
-def generate(pipe, latents, rows, name, seed=0, batch=32):
-    """Make log-mels (n, 64, 256) of the captions of rows with the system latents(z_T, text)."""
+def generate(system, rows, name, seed=0, batch=32):
+    """Make log-mels (n, 64, 256) of the captions of rows."""
     mels = []
     for i in tqdm(range(0, len(rows), batch), desc=name):
         numbers, captions, _, _ = zip(*rows[i:i + batch])
-        z_T, text = draw_noise(pipe, numbers, seed), pipe.encode_text(captions)
+        x0 = system.latents(system.noise(numbers, seed), system.encode_text(captions))
         # on a CPU the VAE decodes eight clips at a time in 0.6 of the time of 32 at once
-        mels += [pipe.decode(x0).cpu() for x0 in latents(z_T, text).split(8)]
+        mels += [system.decoder.decode(part) for part in x0.split(8)]
     return torch.cat(mels)
 
 
-# ---- systems -----------------------------------------------------------------------------------
-
-def teacher_latents(pipe, steps, guidance=None):
-    """The tiny teacher as a system, in many steps; guidance None: its own."""
-    if guidance is None:
-        guidance = pipe.settings["sample"]["guidance"]
-    eps = guided(denoiser(load_unet(pipe.folder)), pipe.encode_text([""]), guidance)
-    return lambda z_T, text: many_steps(eps, z_T, text, pipe, steps)
+@torch.no_grad()
+def features(classifier, mels, batch=64):
+    """Embeddings (n, 128) and logits (n, labels) of log-mels (n, 64, 256)."""
+    embeddings, logits = zip(*(classifier(part) for part in mels.split(batch)))
+    return torch.cat(embeddings), torch.cat(logits)
 
 
-def teacher_systems(pipe, steps):
-    """What a student is compared with: {name: system}."""
-    return {TEACHER_ROW.format(steps): teacher_latents(pipe, steps),
-            "student before (teacher, 1 step)": teacher_latents(pipe, 1, guidance=1)}
+# ---- systems: in fp32 on the CPU, as everything shipped was measured ----------------------------
+
+EXACT = {"precision": "fp32", "device": "cpu"}
 
 
-def load_student(name, pipe):
-    """Load a student of the tiny teacher: (its folder, its swiftaudio.json, the system)."""
-    folder, part, about = open_student(name)
-    teacher = about["teacher"]
-    if part or (teacher != "tiny" and Path(teacher).resolve() != TINY):
-        raise InputError(f"{name}: is no student that train.py made of the tiny teacher (its "
-                         f"teacher: {teacher}); score it with eval.py")
-    eps = denoiser(load_unet(folder, ""))
+def folded(system):
+    """The System, its decoding a quarter faster."""
+    fold_upsampling(system.decoder.vae.decoder)
+    return system
 
-    def latents(z_T, text):
-        return one_step(eps, z_T, text, pipe.alpha, pipe.sigma, about["parameterization"],
-                        about.get("timestep"))
 
-    return folder, about, latents
+def load_teacher(steps, guidance=None):
+    """Load the tiny teacher, to sample in so many steps; guidance None: its own."""
+    return folded(model.load_teacher("tiny", steps, guidance, **EXACT))
+
+
+def teacher_systems(steps):
+    """What a student is compared with: {name: System}."""
+    return {TEACHER_ROW.format(steps): load_teacher(steps),
+            "student before (teacher, 1 step)": load_teacher(1, guidance=1)}
+
+
+def is_of_tiny(about):
+    """Whether a student's swiftaudio.json names the tiny teacher, or another's equal weights."""
+    if about["teacher"] == "tiny" or Path(about["teacher"]).resolve() == TINY:
+        return True
+    weights = about.get("flags", {}).get("teacher's weights")
+    return weights is not None and weights == fingerprint(model.load_unet(TINY))
+
+
+def load_student(name, decoder="vae"):
+    """Load a student of the tiny teacher: (its folder, its swiftaudio.json, its System)."""
+    folder, part, about = model.open_student(name)
+    require(not part and is_of_tiny(about), f"{name}: is no student that train.py made of the tiny "
+            f"teacher (its teacher: {about['teacher']}); score it with extras.eval")
+    return folder, about, folded(model.load_student(name, "tiny", decoder=decoder, **EXACT))
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -166,31 +131,30 @@ def reference(rows):
     return [heard[key][numbers].float() for key in ("embeddings", "logits", "teacher")]
 
 
-def scored(rows, heard):
-    """The metrics of what a system's clips sound like: the (embeddings, logits) of these rows."""
+def scored(rows, mels):
+    """The metrics of a system's clips (n, 64, 256) of these rows."""
     *target, teacher = reference(rows)
+    heard = features(load_classifier(), mels)
     return {**scores(target, heard),
             "FD to teacher": frechet(teacher, heard[0]) if len(rows) > 1 else None}
 
 
-def measure(pipe, systems, rows, seed=0):
-    """Score systems {name: latents(z_T, text)} on rows of held_out(): {name: row}."""
-    classifier = load_classifier()
-    return {name: scored(rows, features(classifier, generate(pipe, latents, rows, name, seed)))
-            for name, latents in systems.items()}
+def measure(systems, rows, seed=0):
+    """Score systems {name: System} on rows of held_out(): {name: row}."""
+    return {name: scored(rows, generate(system, rows, name, seed))
+            for name, system in systems.items()}
 
 
-def measure_decoder(pipe, latents, folder, rows, seed=0):
+def measure_decoder(system, fast, rows, seed=0):
     """Score a student with its small decoder: (row, mean log-mel error to the VAE's, in nepers)."""
-    fast = Pipeline("tiny", decoder=folder)
-    exact, mels = (generate(p, latents, rows, name, seed)
-                   for p, name in ((pipe, "VAE"), (fast, "small decoder")))
-    return scored(rows, features(load_classifier(), mels)), (mels - exact).abs().mean().item()
+    exact, mels = (generate(s, rows, name, seed)
+                   for s, name in ((system, "VAE"), (fast, "small decoder")))
+    return scored(rows, mels), (mels - exact).abs().mean().item()
 
 
 def floor(rows, seed=0):
     """The scores of the same captions rendered again, the best that a system can be."""
-    return {FLOOR_ROW: scored(rows, features(load_classifier(), real(rows, FLOOR + seed)))}
+    return {FLOOR_ROW: scored(rows, real(rows, FLOOR + seed))}
 
 
 def summary(found):
@@ -203,26 +167,30 @@ def summary(found):
             "seeds": found}
 
 
-def baselines(pipe, rows, seeds, steps=STEPS):
+def baselines(rows, seeds, steps=STEPS):
     """Measure everything that no student changes: {name: summary over the seeds}."""
-    systems, found = teacher_systems(pipe, steps), {}
+    systems, found = teacher_systems(steps), {}
     for seed in seeds:
-        for name, row in {**floor(rows, seed), **measure(pipe, systems, rows, seed)}.items():
+        for name, row in {**floor(rows, seed), **measure(systems, rows, seed)}.items():
             found.setdefault(name, []).append(row)
     return {name: summary(of_seeds) for name, of_seeds in found.items()}
 
 
-def diversity(pipe, systems, rows, each=8, seed=0):
+def shipped_rows(name):
+    """baselines() of a whole held-out list, as shipped."""
+    shipped = read_json(HERE / "baselines.json")
+    return shipped["systems" if name == "first" else f"{name} list"]
+
+
+def diversity(systems, rows, each=8, seed=0):
     """{name: mean distance between the embeddings of `each` clips of a caption}, over the rows."""
-    classifier = load_classifier()
     many = [row for row in rows for _ in range(each)]
     many = [(n, *row[1:]) for n, row in enumerate(many)]                    # each its own noise
     sounds = {"real audio": real(many, DIVERSE)}
-    for name, latents in systems.items():
-        sounds[name] = generate(pipe, latents, many, name, seed)
+    sounds |= {name: generate(system, many, name, seed) for name, system in systems.items()}
     found = {}
     for name, mels in sounds.items():
-        e = features(classifier, mels)[0].view(len(rows), each, -1)         # (captions, each, 128)
+        e = features(load_classifier(), mels)[0].view(len(rows), each, -1)  # (captions, each, 128)
         found[name] = (torch.cdist(e, e).sum() / (len(rows) * each * (each - 1))).item()
     return found
 
@@ -287,12 +255,12 @@ def sheet(captions, sounds):
     return image
 
 
-def sample_sheet(pipe, systems, rows, seed):
+def sample_sheet(systems, rows, seed):
     """sheet() of six of the rows, evenly spread: real audio, and the systems."""
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)]
     sounds = {"real audio, rendered again": real(rows, FLOOR + seed)}
-    for name, latents in systems.items():
-        sounds[name] = generate(pipe, latents, rows, f"picture: {name}", seed)
+    for name, system in systems.items():
+        sounds[name] = generate(system, rows, f"picture: {name}", seed)
     return sheet([caption for _, caption, _, _ in rows], sounds)
 
 
@@ -304,7 +272,8 @@ def parse_args(argv=None):
     add("student", nargs="?", default="out/student", help="folder of train.py")
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
     add("--seed", type=number(int), default=0, help="of the noise")
-    add("--second", action="store_true", help="score on the second held-out list")
+    add("--list", choices=world.LISTS, default="first",
+        help="held-out captions to report by, to choose by, or to confirm a choice")
     add("--kind", choices=world.KINDS, default="all",
         help="captions whose two events training pairs (seen) or never does (unseen)")
     add("--steps", type=number(int, 1, 1000),
@@ -315,69 +284,66 @@ def parse_args(argv=None):
     what.add_argument("--diversity", type=number(int, 2), metavar="K",
                       help="K clips of each of CLIPS / K captions: how far apart are they?")
     args = p.parse_args(argv)
-    if args.steps and not (args.all or args.diversity):
-        raise InputError("--steps goes with --all or --diversity: the shipped rows have 25")
-    if args.diversity and args.diversity > args.clips:
-        raise InputError(f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
+    require(not args.steps or args.all or args.diversity,
+            "--steps goes with --all or --diversity: the shipped rows have 25")
+    require(not args.diversity or args.diversity <= args.clips,
+            f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
     args.steps = args.steps or STEPS
     return args
 
 
-def report(pipe, args):
+def report(args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
-    folder, about, latents = load_student(args.student, pipe)
-    student = {f"student after {about['step']} steps": latents}
-    rows = held_out(args.clips, args.second, args.kind)
-    shipped = read_json(HERE / "baselines.json")
+    folder, about, system = load_student(args.student)
+    student = {f"student after {about['step']} steps": system}
+    rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
     table = {}
     if args.all:
-        table = baselines(pipe, rows, [args.seed], args.steps)
-    elif len(rows) == shipped["N"]:
-        table = shipped["second list" if args.second else "systems"]
+        table = baselines(rows, [args.seed], args.steps)
+    elif len(rows) == whole:
+        table = shipped_rows(args.list)
     missing = not table
-    table = {**table, **measure(pipe, student, rows, args.seed)}
-    systems = {**teacher_systems(pipe, args.steps), **student}
-    image = sample_sheet(pipe, systems, rows, args.seed)
+    table = {**table, **measure(student, rows, args.seed)}
+    image = sample_sheet({**teacher_systems(args.steps), **student}, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and not missing:
         print(ratios(table, args.steps))
-    found = {"clips": len(rows), "second list": args.second, "kind": args.kind,
-             "seed": args.seed, "systems": table}
+    found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
+             "systems": table}
     if (folder / "decoder/config.json").exists():
-        row, error = measure_decoder(pipe, latents, folder / "decoder", rows, args.seed)
+        _, _, fast = load_student(args.student, "fast")
+        row, error = measure_decoder(system, fast, rows, args.seed)
         found["small decoder"] = {**row, "log-mel error": error}
         print(show({"student, small decoder": row}, len(rows)).splitlines()[1])
         print(f"the small decoder's log-mels differ from the VAE's by {error:.3f} nepers")
     if missing:
-        print(f"The other rows are shipped for N = {shipped['N']}; --all measures them here.")
+        print(f"The other rows are shipped for N = {whole}; --all measures them here.")
     out = folder.parent
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
     metrics = [name + " " + ", ".join(map(" ".join, zip(DIGITS, cells(row))))
                for name, row in table.items()]
-    write_card(folder, f"{len(rows)} held-out captions of the tiny world: " + "; ".join(metrics))
+    kind = "" if args.kind == "all" else f", {args.kind} pairs of events"
+    write_card(folder, f"{len(rows)} held-out captions of the tiny world ({args.list} list{kind}): "
+               + "; ".join(metrics))
     print(f"{out / 'scores.json'}  {out / 'spectrograms.png'}  {folder / 'README.md'}")
 
 
-def report_diversity(pipe, args):
+def report_diversity(args):
     """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
-    _, _, latents = load_student(args.student, pipe)
-    systems = {"teacher": teacher_latents(pipe, args.steps), "student": latents}
-    rows = held_out(args.clips // args.diversity, args.second, args.kind)
-    found = diversity(pipe, systems, rows, args.diversity, args.seed)
+    systems = {"student": load_student(args.student)[2], "teacher": load_teacher(args.steps)}
+    rows = held_out(args.clips // args.diversity, args.list, args.kind)
+    found = diversity(systems, rows, args.diversity, args.seed)
     print(f"{len(rows)} captions, {args.diversity} clips each: "
           + ", ".join(f"{name} {distance:.2f}" for name, distance in found.items())
           + f", student / teacher {found['student'] / found['teacher']:.3f}")
 
 
 def main(argv=None):
-    args, pipe = parse_args(argv), Pipeline("tiny")
-    if args.diversity:
-        report_diversity(pipe, args)
-    else:
-        report(pipe, args)
+    args = parse_args(argv)
+    (report_diversity if args.diversity else report)(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli(main)

@@ -287,6 +287,8 @@ def pairs(seen):
     return [p for p in every if p not in UNSEEN and p[::-1] not in UNSEEN] if seen else every
 
 
+# Lists of held-out captions: to report, to choose by, and to confirm, which chooses nothing.
+LISTS = ("first", "second", "third")
 # Places in three_kinds(rng, 512): training pairs the two events too (seen), or it never does.
 KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
 
@@ -299,21 +301,25 @@ def three_kinds(rng, number, taken=()):
 
 
 def captions(seed=0, train=6000, heldout=512):
-    """The world's captions: (training, held-out) lists of (caption, events, join), all different.
+    """The world's captions: (training, first held-out) lists of (caption, events, join), distinct.
     """
     rng = np.random.default_rng(seed)
     held = three_kinds(rng, heldout)
     return distinct(rng, train, pairs(True), 0.2, {text for text, _, _ in held}), held
 
 
-def second_list(seed=1, number=512):
-    """As many held-out captions again, to choose by, so that the first list only reports.
+def held_out(name="first", number=512):
+    """A list of held-out captions, one of LISTS; no caption is in two of them.
 
-    Single events may be among training's: of 134 such captions only two are in neither list.
+    Of later lists, single events may be among training's, for which only 134 captions are possible,
+    and the teacher, but no student, was trained on half of the captions.
     """
     train, held = captions()
-    taken = {text for text, _, _ in held} | {text for text, events, _ in train if len(events) > 1}
-    return three_kinds(np.random.default_rng(seed), number, taken)
+    taken = {text for text, events, _ in train if len(events) > 1}
+    for seed in range(1, LISTS.index(name) + 1):
+        taken |= {text for text, _, _ in held}
+        held = three_kinds(np.random.default_rng(seed), number, taken)
+    return held
 
 
 def clips(number, seen, seed=0):

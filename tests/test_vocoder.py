@@ -1,4 +1,4 @@
-"""From latents to sound: the folded decoder, HiFi-GAN against one written out, Griffin-Lim."""
+"""From a mel to sound: HiFi-GAN against one written out, Griffin-Lim, and their precision."""
 import json
 import math
 import pickle
@@ -6,28 +6,14 @@ import pickle
 import pytest
 import torch
 from conftest import VOCODER
-from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+import model
+from data import InputError
 from extras.audio import log_mel
-from extras.cli import InputError
-from extras.folded import fold_upsampling, load_vocoder
-from model import Pipeline
-from tiny.vocoder import GriffinLim
-
-
-def test_folded_upsampling_is_the_same_decoder(plain):
-    """Against diffusers' own decoder, edges included."""
-    vae, folded = (AutoencoderKL.from_pretrained(plain / "vae").eval() for _ in range(2))
-    fold_upsampling(folded.decoder)
-    assert sum(isinstance(m, nn.ConvTranspose2d) for m in folded.modules()) == 3
-    z = torch.randn(2, 4, 3, 5)
-    with torch.no_grad():
-        a, b = vae.decode(z).sample, folded.decode(z).sample
-    assert torch.allclose(a, b, atol=1e-5 * a.abs().max()) and a.std() > 1e-3
-
+from model import TINY, Decoder, GriffinLim, load_student, load_vocoder
 
 # ---- HiFi-GAN (arXiv 2010.05646, figure 1), under the names of the published weights ------------
 
@@ -129,14 +115,14 @@ def test_what_is_not_supported_is_one_line(broken):
     path = broken / "vocoder/config.json"
     path.write_text(json.dumps({**VOCODER, "resblock": "2"}))
     with pytest.raises(InputError, match="vocoder/config.json: only HiFi-GAN's resblock 1"):
-        Pipeline(broken)
+        Decoder(broken)
     path.write_text(json.dumps({**VOCODER, "upsample_rates": [5, 4, 4]}))
     with pytest.raises(InputError, match="vocoder: cannot be loaded") as e:
-        Pipeline(broken)
+        Decoder(broken)
     assert "\n" not in str(e.value)
     path.write_text("{")
     with pytest.raises(InputError, match="vocoder/config.json: is not JSON"):
-        Pipeline(broken)
+        Decoder(broken)
 
 
 class Bomb:
@@ -155,7 +141,7 @@ def test_a_vocoder_that_holds_code_is_not_run(broken):
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(InputError, match="vocoder") as e:
-            Pipeline(broken)
+            Decoder(broken)
         assert "\n" not in str(e.value)
     assert "vocoder.pt: holds more than tensors or is damaged, and was not run" in str(e.value)
     assert not Bomb.went_off
@@ -182,19 +168,20 @@ def test_griffin_lim_returns_the_mel():
 @pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32),
                                              (torch.float16, torch.float16),
                                              (torch.float32, torch.float32)])
-def test_the_vocoder_s_precision(plain, dtype, expected):
+def test_the_vocoder_s_precision(plain, monkeypatch, dtype, expected):
     """bf16 is too coarse for HiFi-GAN."""
-    pipe = Pipeline(plain, dtype=dtype)
-    assert {p.dtype for p in pipe.vae.parameters()} == {dtype}
-    assert {p.dtype for p in pipe.vocoder.parameters()} == {expected}
-    assert {p.dtype for p in pipe.text_encoder.parameters()} == {torch.float32}
-    wav = pipe.vocode(torch.zeros(1, 64, 8))
+    monkeypatch.setattr(model, "sampling_dtype", lambda device: dtype)
+    system = load_student(plain, device="cpu")
+    assert {p.dtype for p in system.decoder.vae.parameters()} == {dtype}
+    assert {p.dtype for p in system.decoder.vocoder.parameters()} == {expected}
+    assert {p.dtype for p in system.encode_text.parameters()} == {torch.float32}
+    wav = system.decoder.vocode(torch.zeros(1, 64, 8))
     assert wav.dtype == torch.float32 and wav.shape == (1, 8 * 160)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_griffin_lim_stays_fp32(dtype):
-    """A pipeline in half precision, as on a GPU, has the same Griffin-Lim."""
+    """A decoder in half precision, as on a GPU, has the same Griffin-Lim."""
     mel = torch.randn(1, 64, 16).clamp(max=2)
-    half, full = Pipeline("tiny", dtype=dtype), Pipeline("tiny")
+    half, full = Decoder(TINY, dtype), Decoder(TINY)
     assert torch.equal(half.vocode(mel), full.vocode(mel))

@@ -1,0 +1,257 @@
+"""Measure speed, memory and error, each beside something else measured in the same run.
+
+    python -m extras.bench                      # sampling at Auffusion's size and tiny, tiny's steps
+    python -m extras.bench sample --compile     # text to waveform only, compiled
+    python -m extras.bench train --size full    # a GPU: an optimizer step, and what 20,000 take
+    python -m extras.bench memory --size full   # a GPU: batch size against memory and rate
+
+The full-size model has random weights, on which speed does not depend. "Peak" is what a large
+matrix product reaches in the same dtype.
+"""
+import gc
+import itertools
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from data import Parser, cli, draw_batch, number, require
+from extras.fast import fold_upsampling
+from extras.random_teacher import FULL, write_teacher
+from lora import inject, lora_disabled
+from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
+from model import TINY, GriffinLim, System, denoiser, load_unet, noise_schedule, read_settings
+from recipes.decoder import new_decoder
+
+TEXT, UNET, VAE, VOCODER = "text", "UNet, one pass", "VAE decoder", "vocoder"
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+def clock(f, device, runs):
+    """Call f `runs` times: (median seconds, the last result)."""
+    sync, times = getattr(torch, device.type).synchronize, []
+    for _ in range(runs):
+        sync()
+        started = time.perf_counter()
+        result = f()
+        sync()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times), result
+
+
+def peak(device, dtype):
+    """Measure the TFLOP/s of a large square matrix product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2e-12 * n**3 / min(clock(lambda: a @ a, device, 1)[0] for _ in range(10))
+
+
+def flops(f):
+    """Call f once: (TFLOP, its result)."""
+    # The counter does not know the CPU's fused attention, so attention is written out for it.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = f()
+    return counter.get_total_flops() / 1e12, result
+
+
+def forget(device):
+    """Free what is not held, and start counting the GPU's memory anew."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def row(name, *cells):
+    """Print a line of a table, behind it the most memory that a GPU has held since forget()."""
+    if torch.cuda.is_available():
+        cells += f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+    cells = (c if isinstance(c, str) else f"{c:.4g}" for c in cells)
+    print(f"{name:24s}" + "".join(f"{c:>10s}" for c in cells), flush=True)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+PLAIN, OURS, SMALL = "plain fp32", "ours", "with a small decoder"
+
+
+def load(kind, folder, device):
+    """Load a System as the libraries leave it, as extras/fast.py does, or with a small decoder."""
+    if kind == PLAIN:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        system = System(folder, unet, {}, None, "fp32", device)
+        system.decoder.vae.to(memory_format=torch.contiguous_format)
+        return system
+    system = System(folder, load_unet(folder), {}, None, "auto", device)
+    if kind == SMALL:                                   # untrained
+        small = new_decoder(read_settings(folder)).requires_grad_(False)
+        system.decoder.vae = small.to(device, system.decoder.vae.dtype)
+    system.decoder.vae.to(memory_format=torch.channels_last)
+    fold_upsampling(system.decoder.vae.decoder)
+    return system
+
+
+@torch.no_grad()
+def walk(system, batch, measure):
+    """From text to waveform: ({stage: what measure(f) says first}, {stage: its result})."""
+    alpha, sigma = noise_schedule(system.scheduler, system.device)
+    path = {TEXT: lambda _: system.encode_text(["a dog barks"] * batch),
+            UNET: lambda text: one_step(system.eps, z_T, text, alpha, sigma),
+            VAE: system.decoder.decode, VOCODER: system.decoder.vocode}
+    z_T, said, made, x = system.noise(range(batch), 0), {}, {}, None
+    for name, f in path.items():
+        said[name], x = measure(lambda: f(x))
+        made[name] = x = x.clone()          # the next call overwrites a CUDA graph's output
+    return said, made
+
+
+def bench_sample(folder, device, batch, runs, compiled):
+    """Print each stage of a plain fp32 script, of ours, and of ours with a small decoder."""
+    best, found, clips = {}, {}, {}
+    for kind in (PLAIN, OURS, SMALL):
+        forget(device)
+        system = load(kind, folder, device)
+        decoder, system_of = system.decoder, {TEXT: system.encode_text.clip, UNET: system.unet}
+        system_of |= {VAE: decoder.vae.decoder, VOCODER: decoder.vocoder}
+        dtypes = {name: next(part.parameters(), torch.empty(0)).dtype
+                  for name, part in system_of.items()}
+        for dtype in {*dtypes.values()} - {*best}:
+            best[dtype] = peak(device, dtype)
+            print(f"peak: {best[dtype]:.2f} TFLOP/s in {dtype}")
+        tflop = {name: batch * n for name, n in walk(system, 1, flops)[0].items()}
+        for name in (UNET, VAE, VOCODER) if compiled and kind != PLAIN else ():
+            if not isinstance(system_of[name], GriffinLim):
+                system_of[name].compile(mode="max-autotune")
+        for _ in range(3 if compiled else 1):
+            walk(system, batch, lambda f: (None, f()))
+        found[kind], clips[kind] = walk(system, batch, lambda f: clock(f, device, runs))
+
+        length = clips[kind][VOCODER].shape[1] / model.RATE
+        row(f"{kind}, {batch} x {length:.2f} s", "TFLOP", "ms", "of peak", "faster")
+        for name, t in found[kind].items():
+            row(name, tflop[name], f"{1e3 * t:.1f}", f"{tflop[name] / t / best[dtypes[name]]:.0%}",
+                f"{found[PLAIN][name] / t:.2f}x")
+        whole = sum(found[kind].values())
+        row("their sum", sum(tflop.values()), f"{1e3 * whole:.1f}", "",
+            f"{sum(found[PLAIN].values()) / whole:.2f}x")
+        print(f"real-time factor {whole / batch / length:.3f}; the teacher's 200 passes, computed: "
+              f"{(199 * found[kind][UNET] + whole) / whole:.0f} x the time\n")
+
+    exact, fast = clips[PLAIN], clips[OURS]
+    latents = (exact[UNET] - fast[UNET]).std() / exact[UNET].std()
+    mel, wav = ((exact[name] - fast[name]).abs() for name in (VAE, VOCODER))
+    ratio = 10 * (exact[VOCODER].square().sum() / wav.square().sum()).log10()
+    print(f"error of ours: latents {latents:.2%} of their spread, log-mel {mel.mean():.4f} nepers, "
+          f"waveform {ratio:.1f} dB of signal to noise\n")
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def trainer(folder, device, batch, accumulate=1, compiled=False, checkpointing=False):
+    """Return step(): train.py's loop in the paper's setting, less log, resuming and processes."""
+    bf16 = device.type == "cuda" and model.has_bf16(device)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    student = load_unet(folder).to(device).requires_grad_(True)
+    unet = load_unet(folder, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    weights, count = [list(student.parameters()), inject(unet)], itertools.count()
+    opts = [torch.optim.AdamW(w, lr, fused=device.type == "cuda")
+            for w, lr in zip(weights, (1e-5, 1e-3))]
+    nets = student, unet
+    for net in nets if checkpointing else ():
+        net.enable_gradient_checkpointing()
+    student_eps, lora_eps = (denoiser(torch.compile(n) if compiled else n, amp) for n in nets)
+    encode_text, shape = model.TextEncoder(folder).to(device), model.latent_shape(folder)
+    alpha, sigma = noise_schedule(model.load_scheduler(folder), device)
+    null = encode_text([""])
+
+    def teacher_eps(x, t, text):
+        with lora_disabled(unet):
+            return lora_eps(x, t, text)
+
+    def step():
+        for opt in opts:
+            opt.zero_grad()
+        for _ in range(accumulate):
+            z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
+                list(itertools.islice(count, batch)), 0, shape, 20, 981, len(alpha) - 1))
+            text = encode_text(["a dog barks"] * batch)
+            x0 = one_step(student_eps, z_T, text, alpha, sigma)
+            vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, 7.5),
+                           guided(lora_eps, null, 7.5), alpha, sigma)
+            ((vsd + 0.05 * tv_loss(x0)).mean() / accumulate).backward()
+            text = torch.where((u < 0.1)[:, None, None], null, text)
+            lora = lora_loss(x0, t_lora, eps_lora, text, lora_eps, alpha, sigma)
+            (lora.mean() / accumulate).backward()
+        for opt, w in zip(opts, weights):
+            torch.nn.utils.clip_grad_norm_(w, 1.0)
+            opt.step()
+
+    return step
+
+
+def bench_train(folder, device, batch, accumulate, runs, **how):
+    """Print what an optimizer step takes in the paper's setting; how: see trainer()."""
+    forget(device)
+    tflop = 9 * walk(load(PLAIN, folder, device), 1, flops)[0][UNET]    # student 3, teacher 2, LoRA
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # teacher 2, its update 2
+    best, name = peak(device, dtype), f"{batch} x {accumulate} captions"
+    forget(device)
+    try:
+        step = trainer(folder, device, batch, accumulate, **how)
+        clock(step, device, 2)                                          # warm-up
+        seconds, _ = clock(step, device, runs)
+    except torch.OutOfMemoryError:
+        return row(name, "does not fit")
+    rate = batch * accumulate / seconds
+    row(name, f"{rate:.3g} /s", f"{seconds:.3g} s", f"{rate * tflop / best:.0%} peak",
+        f"{20000 * seconds / 3600:.1f} h")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def main(argv=None):
+    p, count = Parser(__doc__), number(int, 1)
+    add = p.add_argument
+    add("what", nargs="?", choices=("all", "sample", "train", "memory"), default="all")
+    add("--size", choices=("both", "full", "tiny"), default="both",
+        help="Auffusion's with random weights, or the tiny world's")
+    add("--device", help="cuda, mps or cpu; default: the first there is")
+    add("--batch_size", type=count, help="clips at a time; default: 1, of training 16")
+    add("--grad_accum", type=count, default=1, help="forward passes in a training step")
+    add("--runs", type=count, default=3, help="timed calls, of which the median counts")
+    add("--compile", action="store_true", help="torch.compile, with CUDA graphs for sampling")
+    args = p.parse_args(argv)
+    device = model.pick_device(args.device, exact=True)     # or errors would refer to TF32
+    gpu, what = device.type == "cuda", args.what
+    require(gpu or what != "memory" and (what, args.size) != ("train", "full"),
+            f"{what}: needs a CUDA GPU, this is {device.type}; what can be timed here is "
+            "python -m extras.bench train --size tiny")
+    name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    print(f"{device.type}: {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ("full", "tiny") if args.size == "both" else (args.size,):
+            print(f"\n==== {size} size ====\n")
+            full = size == "full"
+            teacher = write_teacher(Path(folder) / size, **FULL) if full else TINY
+            if what in ("all", "sample"):
+                bench_sample(teacher, device, args.batch_size or 1, args.runs, args.compile)
+            common = dict(accumulate=args.grad_accum, runs=args.runs, compiled=args.compile)
+            if what in ("all", "train") and (gpu or not full):          # over a minute a sample
+                bench_train(teacher, device, args.batch_size or 16, **common)
+            for n in range(12 if what == "memory" else 0):
+                row(*["--checkpointing"] if n == 6 else [""])
+                bench_train(teacher, device, 2 ** (n % 6), **common, checkpointing=n > 5)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,144 @@
+"""Words that weigh more, and recordings to edit: sample.py's flags, and weights in the prompts.
+
+    python -m extras.control --prompt "a dog barks while (rain:2) falls"    # attend to rain twice
+    python -m extras.control --prompt "a cat meows" --init dog.wav --init_prompt "a dog barks"
+
+From Python, with system = model.load_student(...): make_weighted() and invert_recording().
+"""
+import contextlib
+import math
+import re
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import sample
+from data import Parser, cli, number, require
+from extras.audio import encode_audio, read_audio
+from model import RATE
+
+TOKEN = re.compile(r"\\([():\\])|:\s*(\d+\.?\d*|\.\d+)\s*\)|.", re.DOTALL)    # \: or :1.5) or any
+
+
+def parse_weights(prompt, where="--prompt"):
+    r"""Split "a (loud dog:1.5) barks" into "a loud dog barks" and the weight of each character.
+
+    Brackets nest and multiply; one after a backslash is itself. InputError points at the broken.
+    """
+    def check(fine, i, why):
+        require(fine, f"{where}: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look "
+                r"like (rain:1.5), and plain brackets like \( and \)")
+
+    plain, weights, opened = "", [], []
+    for token in TOKEN.finditer(prompt):
+        c, i = token[1] or token[0], token.start()
+        if token[1] or not (c == "(" or c[-1] == ")" or opened and c == ":"):
+            plain, weights = plain + c, weights + [1.0]
+        elif c == "(":
+            opened.append((len(plain), i))
+        else:
+            check(opened, token.end() - 1, "a bracket that nothing opens")
+            check(token[2], i, "a bracket without its number")
+            start, _ = opened.pop()
+            weights[start:] = [w * float(token[2]) for w in weights[start:]]
+            check(max(weights, default=0) <= 100, i, "a weight above 100")  # fp16 ends at 65504
+    check(not opened, max((i for _, i in opened), default=0), "a bracket that nothing closes")
+    return plain, weights
+
+
+def token_weights(system, prompts, weights):
+    """Weights of each prompt's characters -> of its tokens (B, tokens), by their first letters."""
+    spans = system.encode_text.tokenize(prompts, return_offsets_mapping=True)["offset_mapping"]
+    rows = [[w[a] if b > a else 1.0 for a, b in row] for row, w in zip(spans, weights)]
+    return torch.tensor(rows, device=system.device)
+
+
+def scale_values(layer, _, value):      # a forward hook of to_v
+    w = layer.token_weights
+    if w is not None:               # the unconditional half of a guided batch, 2 B, is as it is
+        w = F.pad(w, (0, 0, 0, len(value) - len(w)), value=1)
+        return value * w[..., None].to(value.dtype)
+
+
+@contextlib.contextmanager
+def reweighted(unet, weights):
+    """Multiply each token's part in every cross-attention by weights (B, tokens); None: by 1.
+
+    Prompt-to-prompt (arXiv 2208.01626) scales attention probabilities; scaling the token's value
+    is the same and keeps fused kernels. Enter it once before torch.compile, which then watches.
+    """
+    layers = [m.to_v for name, m in unet.named_modules() if name.endswith("attn2")]
+    for layer in layers:
+        if not hasattr(layer, "token_weights"):
+            layer.register_forward_hook(scale_values)
+        layer.token_weights = weights
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.token_weights = None
+
+
+def make_weighted(system, prompts, z_T):
+    """system.make() of prompts with weights: log-mels (B, num_mels, frames), waveforms (B, N)."""
+    words, weights = zip(*map(parse_weights, prompts))
+    with reweighted(system.unet, token_weights(system, words, weights)):
+        return system.make(words, z_T)
+
+
+def invert(latents, x0, z_T, steps=30, rate=0.1):
+    """Find noise (B, 4, h, w) from which latents(z_T) makes nearly x0; also its squared error (B,).
+
+    Adam on z_T itself, which stays as wide as noise (measured: 1.00). It starts with a fifth of x0
+    in it, which alone brings a student's clip half as far from x0 (python -m tiny.control edit).
+    """
+    z = (0.2 * x0 / x0.std((1, 2, 3), keepdim=True) + 0.98 * z_T).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=rate)
+    with torch.enable_grad():
+        for _ in range(steps):
+            error = (latents(z) - x0).square().mean((1, 2, 3))
+            z.grad, = torch.autograd.grad(1024 * error.sum(), z)    # fp16 rounds small ones to 0
+            optimizer.step()
+    return z.detach(), error.detach()
+
+
+def invert_recording(path, prompt, system, seed=0):
+    """Find the noise (1, 4, h, w) of a recording, and what it misses of the latents' variance."""
+    wav = read_audio(path, system.seconds)
+    wav = F.pad(wav, (0, round(system.seconds * RATE) - len(wav)))      # or cut it
+    x0 = encode_audio(system, wav[None].to(system.device))
+    text, other = system.encode_text([prompt]), system.noise([2 ** 32], seed)   # no clip has it
+    z_T, error = invert(lambda z: system.latents(z, text), x0, other)
+    return z_T, error.item() / x0.var().item()
+
+
+def main(argv=None):
+    p = Parser(__doc__)
+    sample.add_clips(p.add_argument)
+    p.add_argument("--init", metavar="WAV", help="edit this recording: start from its noise")
+    p.add_argument("--init_prompt", help="what --init sounds like")
+    p.add_argument("--strength", type=number(float, 0, 1), default=0.2, help="1: ignore --init")
+    args = p.parse_args(argv)
+    require(args.init or not args.init_prompt, "--init_prompt goes with --init")
+    require(not (args.init and args.teacher_steps), "--init does not go with --teacher_steps")
+    words = {p: parse_weights(p, where)[0] for p, where in sample.read_prompts(args).items()}
+    require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
+
+    def opened():
+        heard = [*words.values(), args.init_prompt or ""]
+        system = sample.open_system(args, args.seconds, heard)
+        about, noise = system.about, system.noise
+        if args.init:
+            start, left = invert_recording(args.init, args.init_prompt or "", system, args.seed)
+            print(f"{args.init}: noise that makes all but {left:.0%} of its latents' variance")
+            a, b = math.sqrt(1 - args.strength ** 2), args.strength     # unit variance again
+            noise = lambda numbers, seed: a * start + b * system.noise(numbers, seed)
+            about = about | {k: getattr(args, k) for k in ("init", "init_prompt", "strength")}
+        return SimpleNamespace(about=about, noise=noise, make=lambda *a: make_weighted(system, *a))
+
+    sample.write_clips(args, words, opened, {p: {"words": w} for p, w in words.items() if w != p})
+
+
+if __name__ == "__main__":
+    cli(main)

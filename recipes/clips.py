@@ -1,0 +1,79 @@
+"""A teacher's own clips, made once and kept: what arc.py and energy.py learn from."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from data import InputError, caption_at, number, replace_file, require
+from losses import guided
+from model import cause, denoiser, many_steps
+
+
+def add_clips(add):
+    """Add the flags of the teacher's clips."""
+    add("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
+    add("--clip_steps", type=number(int, 1, 1000), default=10, help="sampling steps of each")
+    add("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
+
+
+def draw_more(numbers, seed, count, shape, low=0, high=1, stream=3):
+    """Random numbers beside draw_batch()'s: noises (count, B, *shape), t (B,) in [low, high)."""
+    rngs = [np.random.default_rng((seed, stream, n)) for n in numbers]
+    noises = np.stack([r.standard_normal((count, *shape), dtype=np.float32) for r in rngs], 1)
+    return torch.from_numpy(noises), torch.tensor([int(r.integers(low, high)) for r in rngs])
+
+
+def read_clips(path, about, shape):
+    """Read a file's clips (N, *shape), none if it is missing; InputError if `about` is another."""
+    if not path.exists():
+        return torch.zeros(0, *shape, dtype=torch.float16)
+    try:
+        with safe_open(path, "pt") as file:
+            found, clips = json.loads(file.metadata()["about"]), file.get_tensor("clips")
+    except Exception as e:                              # each kind of damage its own error
+        raise InputError(f"{path}: is no file of clips ({cause(e)}); pass another --cache")
+    for key, value in about.items():
+        require(found.get(key) == value, f"{path}: its clips were made with {key} "
+                f"{found.get(key)}, not {value}; pass another --cache")
+    return clips
+
+
+@torch.no_grad()
+def teacher_clips(run, args):
+    """Make latents (--clips, C, h, w) in fp16 by the guided teacher: clip n is of caption_at(n).
+
+    --cache keeps them; where it holds fewer, it goes on. Lets go of run.unet, 1.7 GB at full size.
+    """
+    path, seed, cut = Path(args.cache or run.out / "clips.safetensors"), args.seed, args.batch_size
+    require(args.clips >= cut, f"--clips {args.clips}: fewer than a batch, --batch_size {cut}")
+    about = {key: run.config[key] for key in (
+        "teacher's weights", "text encoder's weights", "alpha_T", "captions' text", "guidance",
+        "clip_steps", "seed")}
+    about["latents"] = list(run.shape)
+    clips = read_clips(path, about, run.shape)
+    while run.rank > 0 and len(clips) < args.clips:     # the first process makes them, for hours
+        time.sleep(2)
+        clips = read_clips(path, about, run.shape)
+    # from T itself: 10 "leading" steps, as Auffusion's scheduler takes them, start at t = 901
+    scheduler = type(run.scheduler).from_config(run.scheduler.config, timestep_spacing="trailing")
+    eps, run.unet = guided(denoiser(run.unet, run.amp), run.null, args.guidance), None
+    todo = range(len(clips), args.clips, cut)
+    for first in tqdm(todo, "the teacher's clips", disable=not todo):
+        numbers = range(first, min(first + cut, args.clips))
+        text = run.encode_text([caption_at(run.captions, seed, n) for n in numbers])
+        # not the noise of sampling_noise(), from which the student will be judged
+        z_T = draw_more(numbers, seed, 1, run.shape, stream=4)[0][0].to(run.device)
+        x0 = many_steps(eps, z_T, text, scheduler, args.clip_steps).half().cpu()
+        require(x0.isfinite().all(), f"--teacher {args.teacher}: makes clips that are not finite "
+                "in fp16; try --precision fp32, or a smaller --guidance")
+        clips = torch.cat([clips, x0])
+        if len(clips) % 128 < cut or len(clips) == args.clips:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, lambda tmp: save_file({"clips": clips}, tmp,
+                                                     {"about": json.dumps(about)}))
+    return clips[:args.clips]

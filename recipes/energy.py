@@ -1,0 +1,113 @@
+"""Distil by the energy score (arXiv 2605.00329): clips as spread as the teacher's, and as near.
+
+    python -m recipes.energy --init out/student         # go on from a student of train.py
+    python -m recipes.energy --teacher tiny             # from the teacher itself
+
+It still needs only captions: the paper trains on recordings, here the teacher makes clips, once.
+The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
+"""
+import itertools
+
+import torch
+from tqdm import tqdm
+
+import train
+from data import Parser, caption_at, cli, number, require
+from losses import one_step
+from model import denoiser
+from recipes.clips import add_clips, draw_more, teacher_clips
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, prog="python -m recipes.energy")
+    add = p.add_argument
+    # the defaults are ours (docs/LOG.md, 2026-11-21)
+    add("--samples", type=number(int, 2), default=2, help="clips of a caption")
+    add("--patch", type=number(int, 1), default=4, help="latent columns whose distance is taken")
+    add_clips(add)
+    train.add_run(add)
+    p.set_defaults(out_dir="out_energy")
+    return train.parse_run(p, argv)
+
+
+def energy_loss(x, y, width=4):
+    """Energy score with beta = 1 of clips x (m, B, C, H, W), m >= 2, against y (B, ...): (B,).
+
+    2 mean_k |x_k - y| - mean_{k < l} |x_k - x_l|, the mean over patches of `width` columns of the
+    latents, where |d| is the root of the mean square. It is least, on average, for x of y's own
+    distribution given the caption. Without the second term it would be regression.
+    """
+    def length(d):
+        patches = d.unflatten(-1, (-1, width))                  # (..., C, H, W / width, width)
+        return (patches.square().mean((-4, -3, -1)) + 1e-8).sqrt().mean(-1)
+
+    apart = [length(a - b) for a, b in itertools.combinations(x, 2)]
+    return 2 * length(x - y).mean(0) - sum(apart) / len(apart)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = train.start(args)
+    device, alpha, sigma = run.device, run.alpha, run.sigma
+    run.config["recipe"] = "energy"
+    require(run.shape[-1] % args.patch == 0, f"--patch {args.patch}: the latents' {run.shape[-1]} "
+            "columns are not a multiple of it")
+
+    # ---- what learns: the student --------------------------------------------------------------
+    weights = {"student": list(run.student.requires_grad_(True).parameters())}
+    opt = torch.optim.AdamW(weights["student"], args.lr, betas=(args.beta1, args.beta2),
+                            weight_decay=args.weight_decay, fused=device.type == "cuda")
+    weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
+    train.resume(run, weights, {"student": opt})
+    net = train.prepare(run, args, {"student": run.student})["student"]
+    eps, clips = denoiser(net, run.amp), teacher_clips(run, args)
+
+    # ---- the loop, as in train.py --------------------------------------------------------------
+    log, caught = train.Log(run), train.stop_signals(run)
+    if run.first_step >= args.max_steps and run.rank == 0:      # perhaps killed between two files
+        train.save_run(run, run.first_step, weights, {"student": opt}, log)
+    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
+               desc="energy", disable=run.rank > 0)
+    for step in bar:
+        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
+        opt.zero_grad()
+        for micro in range(args.grad_accum):
+            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
+            numbers = range(first, first + args.batch_size)
+            z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
+            rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
+            y = clips[rows].to(device).float()          # clip n is of the n-th caption
+            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+            net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
+
+            # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
+            x = one_step(eps, z_T.flatten(0, 1), text.repeat(args.samples, 1, 1), alpha, sigma,
+                         args.parameterization, args.student_t).unflatten(0, (args.samples, -1))
+            energy = energy_loss(x, y, args.patch)
+            (energy.mean() / args.grad_accum).backward()
+            log.add("energy", energy)
+            log.add("x0_std", x[0].std((1, 2, 3)))
+
+        norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
+        log.add("grad_student", norm)
+        opt.step()
+        if args.ema:
+            rate = min(args.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
+
+        done, signalled = step + 1, train.stopped(run, caught)
+        due = signalled or done == args.max_steps or done % args.save_every == 0
+        if due or done % args.log_every == 0:
+            line = log.write(done)
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("energy", "x0_std")})
+        if due and run.rank == 0:
+            train.save_run(run, done, weights, {"student": opt}, log)
+        if args.keep_every and done % args.keep_every == 0 and run.rank == 0:
+            train.save_student(run, run.out / f"student-{done}", done, weights)
+        if signalled:
+            return 128 + signalled
+    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    cli(main)
