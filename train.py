@@ -127,7 +127,7 @@ def parse_run(p, argv):
         init = words(p, kept, folder)
         args = p.parse_args([*init, *argv])
     home = model.find(args.teacher, model.SETTINGS)
-    own = read_settings(home).get("train", {})
+    own = dict(read_settings(home).get("train", {}))
     if "captions" in own:
         own["captions"] = str(home / own["captions"])
     if args.preset == "paper":
@@ -209,15 +209,16 @@ def start(args):
 
 def fingerprint(network):
     """Hash a sample of each of a network's weights: what it is, whatever file it came from."""
-    sample = [w.flatten()[::max(1, w.numel() // 64)].bfloat16() for w in network.parameters()]
-    return hashlib.sha256(torch.cat(sample).float().cpu().numpy().tobytes()).hexdigest()[:16]
+    sample = [w.detach().flatten()[::max(1, w.numel() // 64)] for w in network.parameters()]
+    values = torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
 # Flags that may differ on resume; changing any other makes it a different run. Of teacher, first
 # student and captions, what they are is compared; of a batch, its size.
 MAY_CHANGE = set(
     "max_steps save_every keep_every log_every out_dir device compile checkpointing captions "
-    "caption_column max_captions teacher init preset batch_size grad_accum cache clips "
+    "caption_column max_captions teacher init preset batch_size grad_accum cache "
     "lr lora_lr d_lr precision".split())                # to get past a step that was not finite
 
 
@@ -239,9 +240,9 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
             raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or {instead}")
         theirs = found["config"]
         require("captions a step" in theirs, f"{path}: is of an earlier version of this code; "
-                f"{instead}, and go on from its student with --init {out / 'student'}")
+                f"{instead} (train.py's --init goes on from a student)")
         fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
-        for name in ["recipe", *sorted(fixed)]:
+        for name in ["recipe", "teacher's weights", *sorted(fixed)]:
             require(theirs.get(name) == ours.get(name), f"{out}: holds a run with --{name} "
                     f"{theirs.get(name)}, this one has {ours.get(name)}; {instead}")
         for name, tensors in weights.items():
@@ -318,10 +319,13 @@ def save_student(run, folder, step, weights):
 
 
 def stop_signals(run):
-    """Catch SIGTERM and Ctrl-C, of which a second one ends it at once: a tensor of the signal."""
-    caught = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu")
-    for n in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(n, signal.SIG_DFL)))
+    """Catch SIGTERM and Ctrl-C in a tensor of their number; a second Ctrl-C ends it at once.
+
+    SIGTERM may come twice, from a scheduler and from torchrun.
+    """
+    caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
+    for n in (signal.SIGTERM, ctrl_c):
+        signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(ctrl_c, signal.SIG_DFL)))
     return caught
 
 

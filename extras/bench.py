@@ -1,6 +1,6 @@
 """Measure speed, memory and error, each beside something else measured in the same run.
 
-    python -m extras.bench                      # sampling at Auffusion's size and tiny, tiny's steps
+    python -m extras.bench                      # sampling at full size and tiny, training of tiny
     python -m extras.bench sample --compile     # text to waveform only, compiled
     python -m extras.bench train --size full    # a GPU: an optimizer step, and what 20,000 take
     python -m extras.bench memory --size full   # a GPU: batch size against memory and rate
@@ -30,7 +30,8 @@ from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import TINY, GriffinLim, System, denoiser, load_unet, noise_schedule, read_settings
 from recipes.decoder import new_decoder
 
-TEXT, UNET, VAE, VOCODER = "text", "UNet, one pass", "VAE decoder", "vocoder"
+TEXT, UNET, VAE, VOCODER = "text", "UNet, one pass", "decoder", "vocoder"
+WHOLE, PLAIN, OURS, SMALL = "text to waveform", "plain fp32", "ours", "ours, a small decoder"
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -81,9 +82,6 @@ def row(name, *cells):
 
 # ---- sampling ------------------------------------------------------------------------------------
 
-PLAIN, OURS, SMALL = "plain fp32", "ours", "with a small decoder"
-
-
 def load(kind, folder, device):
     """Load a System as the libraries leave it, as extras/fast.py does, or with a small decoder."""
     if kind == PLAIN:
@@ -116,35 +114,30 @@ def walk(system, batch, measure):
 
 def bench_sample(folder, device, batch, runs, compiled):
     """Print each stage of a plain fp32 script, of ours, and of ours with a small decoder."""
-    best, found, clips = {}, {}, {}
+    found, clips = {}, {}
     for kind in (PLAIN, OURS, SMALL):
         forget(device)
         system = load(kind, folder, device)
-        decoder, system_of = system.decoder, {TEXT: system.encode_text.clip, UNET: system.unet}
-        system_of |= {VAE: decoder.vae.decoder, VOCODER: decoder.vocoder}
-        dtypes = {name: next(part.parameters(), torch.empty(0)).dtype
-                  for name, part in system_of.items()}
-        for dtype in {*dtypes.values()} - {*best}:
-            best[dtype] = peak(device, dtype)
-            print(f"peak: {best[dtype]:.2f} TFLOP/s in {dtype}")
-        tflop = {name: batch * n for name, n in walk(system, 1, flops)[0].items()}
-        for name in (UNET, VAE, VOCODER) if compiled and kind != PLAIN else ():
-            if not isinstance(system_of[name], GriffinLim):
-                system_of[name].compile(mode="max-autotune")
-        for _ in range(3 if compiled else 1):
+        best, decoder = peak(device, system.unet.dtype), system.decoder
+        tflop = walk(system, 1, flops)[0]
+        for part in (system.unet, decoder.vae.decoder, decoder.vocoder):
+            if compiled and kind != PLAIN and not isinstance(part, GriffinLim):
+                part.compile(mode="max-autotune")
+        for _ in range(3 if compiled else 1):                           # warm-up
             walk(system, batch, lambda f: (None, f()))
         found[kind], clips[kind] = walk(system, batch, lambda f: clock(f, device, runs))
 
         length = clips[kind][VOCODER].shape[1] / model.RATE
-        row(f"{kind}, {batch} x {length:.2f} s", "TFLOP", "ms", "of peak", "faster")
+        for times in (tflop, found[kind]):
+            times[WHOLE] = sum(times.values())
+        print(f"{kind}, batch {batch} of {length:.2f} s; peak: {best:.2f} TFLOP/s in "
+              f"{system.unet.dtype}")
+        row("", "TFLOP", "ms", "of peak", "faster")
         for name, t in found[kind].items():
-            row(name, tflop[name], f"{1e3 * t:.1f}", f"{tflop[name] / t / best[dtypes[name]]:.0%}",
+            row(name, n := batch * tflop[name], f"{1e3 * t:.1f}", f"{n / t / best:.0%}",
                 f"{found[PLAIN][name] / t:.2f}x")
-        whole = sum(found[kind].values())
-        row("their sum", sum(tflop.values()), f"{1e3 * whole:.1f}", "",
-            f"{sum(found[PLAIN].values()) / whole:.2f}x")
-        print(f"real-time factor {whole / batch / length:.3f}; the teacher's 200 passes, computed: "
-              f"{(199 * found[kind][UNET] + whole) / whole:.0f} x the time\n")
+        print(f"real-time factor {t / batch / length:.3f}; the teacher's 200 passes, computed: "
+              f"{1 + 199 * found[kind][UNET] / t:.0f} x the time\n")
 
     exact, fast = clips[PLAIN], clips[OURS]
     latents = (exact[UNET] - fast[UNET]).std() / exact[UNET].std()
@@ -198,22 +191,25 @@ def trainer(folder, device, batch, accumulate=1, compiled=False, checkpointing=F
     return step
 
 
-def bench_train(folder, device, batch, accumulate, runs, **how):
-    """Print what an optimizer step takes in the paper's setting; how: see trainer()."""
-    forget(device)
+def bench_train(folder, device, batches, accumulate, runs, compiled, checkpointing=False):
+    """Print what an optimizer step takes in the paper's setting, by batch size."""
     tflop = 9 * walk(load(PLAIN, folder, device), 1, flops)[0][UNET]    # student 3, teacher 2, LoRA
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # teacher 2, its update 2
-    best, name = peak(device, dtype), f"{batch} x {accumulate} captions"
-    forget(device)
-    try:
-        step = trainer(folder, device, batch, accumulate, **how)
-        clock(step, device, 2)                                          # warm-up
-        seconds, _ = clock(step, device, runs)
-    except torch.OutOfMemoryError:
-        return row(name, "does not fit")
-    rate = batch * accumulate / seconds
-    row(name, f"{rate:.3g} /s", f"{seconds:.3g} s", f"{rate * tflop / best:.0%} peak",
-        f"{20000 * seconds / 3600:.1f} h")
+    best = peak(device, dtype)
+    print(f"training{', compiled' * compiled}{', recomputing' * checkpointing}, {tflop:.3g} TFLOP "
+          f"a sample; peak: {best:.2f} TFLOP/s in {dtype}")
+    row("captions a step", "a second", "s a step", "of peak", "20,000")
+    for batch in batches:
+        forget(device)
+        try:
+            step = trainer(folder, device, batch, accumulate, compiled, checkpointing)
+            clock(step, device, 2)                                      # warm-up
+            seconds, step = clock(step, device, runs)                   # frees the networks
+        except torch.OutOfMemoryError:
+            return row(f"{batch} x {accumulate}", "does not fit")
+        rate = batch * accumulate / seconds
+        row(f"{batch} x {accumulate}", rate, seconds, f"{rate * tflop / best:.0%}",
+            f"{20000 * seconds / 3600:.1f} h")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -231,7 +227,7 @@ def main(argv=None):
     add("--compile", action="store_true", help="torch.compile, with CUDA graphs for sampling")
     args = p.parse_args(argv)
     device = model.pick_device(args.device, exact=True)     # or errors would refer to TF32
-    gpu, what = device.type == "cuda", args.what
+    gpu, what, batch, how = device.type == "cuda", args.what, args.batch_size, args.compile
     require(gpu or what != "memory" and (what, args.size) != ("train", "full"),
             f"{what}: needs a CUDA GPU, this is {device.type}; what can be timed here is "
             "python -m extras.bench train --size tiny")
@@ -241,16 +237,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for size in ("full", "tiny") if args.size == "both" else (args.size,):
             print(f"\n==== {size} size ====\n")
-            full = size == "full"
-            teacher = write_teacher(Path(folder) / size, **FULL) if full else TINY
+            teacher = write_teacher(Path(folder) / size, **FULL) if size == "full" else TINY
             if what in ("all", "sample"):
-                bench_sample(teacher, device, args.batch_size or 1, args.runs, args.compile)
-            common = dict(accumulate=args.grad_accum, runs=args.runs, compiled=args.compile)
-            if what in ("all", "train") and (gpu or not full):          # over a minute a sample
-                bench_train(teacher, device, args.batch_size or 16, **common)
-            for n in range(12 if what == "memory" else 0):
-                row(*["--checkpointing"] if n == 6 else [""])
-                bench_train(teacher, device, 2 ** (n % 6), **common, checkpointing=n > 5)
+                bench_sample(teacher, device, batch or 1, args.runs, how)
+            if what in ("all", "train") and (gpu or size == "tiny"):    # over a minute a sample
+                bench_train(teacher, device, [batch or 16], args.grad_accum, args.runs, how)
+            for again in (False, True) if what == "memory" else ():
+                bench_train(teacher, device, (1, 2, 4, 8, 16, 32), 1, args.runs, how, again)
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    return args.command(args)
+    args.command(args)
 
 
 if __name__ == "__main__":

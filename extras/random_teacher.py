@@ -1,4 +1,4 @@
-"""Random teachers in Auffusion's layouts: small ones for the tests, its full size for bench.py."""
+"""Random teachers in Auffusion's layouts: small ones for tests, its full size for bench.py."""
 import json
 
 import torch
@@ -18,10 +18,10 @@ def write_tokenizer(folder):
     """Write a CLIP tokenizer as published, which spells words letter by letter; its size."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(33, 127)]
-    words = letters + [c + "</w>" for c in letters]
-    words += ["do", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>",
-                   unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    words = [*letters, *(c + "</w>" for c in letters), "do", "dog</w>", "<|startoftext|>",
+             "<|endoftext|>"]
+    special = {f"{kind}_token": "<|endoftext|>" for kind in ("eos", "unk", "pad")}
+    special["bos_token"] = "<|startoftext|>"
     files = {
         "vocab.json": json.dumps({w: i for i, w in enumerate(words)}),
         "merges.txt": "#version: 0.2\nd o\ndo g</w>\n",
@@ -43,25 +43,11 @@ def write_vocoder(folder, config):
     for name, w in network.named_parameters():
         name = name.replace("upsampler.", "ups.")
         if name.endswith("weight"):
-            state[f"{name}_g"] = torch.rand(w.shape[0], 1, 1) + 0.5
-            state[f"{name}_v"] = torch.randn(w.shape) * 0.1
-        else:
-            state[name] = torch.randn(w.shape) * 0.1
+            state[f"{name}_g"], name = torch.rand(w.shape[0], 1, 1) + 0.5, f"{name}_v"
+        state[name] = torch.randn(w.shape) * 0.1
     torch.save({"generator": state}, folder / "vocoder.pt")
     (folder / "config.json").write_text(json.dumps(config))
     return state
-
-
-def write_adapter(folder, dim):
-    """Write the adapter layout's own files: condition_config.json and condition_adapter_0/."""
-    (folder / "condition_config.json").write_text(json.dumps([{
-        "text_encoder_name": "text_encoder_0", "condition_adapter_name": "condition_adapter_0",
-        "condition_max_length": 77, "condition_dim": dim, "cross_attention_dim": dim}]))
-    (folder / "condition_adapter_0").mkdir()
-    (folder / "condition_adapter_0/config.json").write_text(json.dumps({"condition_dim": dim}))
-    torch.save({"proj.weight": torch.randn(dim, dim), "proj.bias": torch.randn(dim),
-                "norm.weight": torch.rand(dim) + 0.5, "norm.bias": torch.randn(dim)},
-               folder / "condition_adapter_0/condition_adapter.pt")
 
 
 def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, text_layers=1,
@@ -86,6 +72,13 @@ def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, t
         num_hidden_layers=text_layers, num_attention_heads=text_heads, bos_token_id=size - 2,
         eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(encoder)
     if layout == "adapter":
-        write_adapter(folder, dim)
+        (folder / "condition_config.json").write_text(json.dumps([{
+            "text_encoder_name": "text_encoder_0", "condition_adapter_name": "condition_adapter_0",
+            "condition_max_length": 77, "condition_dim": dim, "cross_attention_dim": dim}]))
+        (home := folder / "condition_adapter_0").mkdir()
+        (home / "config.json").write_text(json.dumps({"condition_dim": dim}))
+        torch.save({"proj.weight": torch.randn(dim, dim), "proj.bias": torch.randn(dim),
+                    "norm.weight": torch.rand(dim) + 0.5, "norm.bias": torch.randn(dim)},
+                   home / "condition_adapter.pt")
     (folder / "swiftaudio.json").write_text(json.dumps({"seconds": seconds}))
     return folder

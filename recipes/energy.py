@@ -96,13 +96,14 @@ def main(argv=None):
             torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 
         done, signalled = step + 1, train.stopped(run, caught)
-        due = signalled or done == args.max_steps or done % args.save_every == 0
+        keep = args.keep_every and done % args.keep_every == 0
+        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
         if due or done % args.log_every == 0:
             line = log.write(done)
             bar.set_postfix({k: f"{line[k]:.3g}" for k in ("energy", "x0_std")})
         if due and run.rank == 0:
             train.save_run(run, done, weights, {"student": opt}, log)
-        if args.keep_every and done % args.keep_every == 0 and run.rank == 0:
+        if keep and run.rank == 0:
             train.save_student(run, run.out / f"student-{done}", done, weights)
         if signalled:
             return 128 + signalled

@@ -36,17 +36,16 @@ def one_step_and_one_clip(teacher, captions, cwd):
                  "--batch_size", 1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu",
                  cwd=cwd)
     assert parameters(cwd / "out/student", "") == parameters(teacher)
-    run_measured("extras.decoder", "--clips", 1, "--batch_size", 1, "--max_steps", 1, "--device",
+    run_measured("recipes.decoder", "--clips", 1, "--batch_size", 1, "--max_steps", 1, "--device",
                  "cpu", cwd=cwd)
     run_measured("sample.py", "--decoder", "fast", "--prompt", "a dog", "--overwrite", "--device",
                  "cpu", cwd=cwd)
-    for objective in (["energy"], ["arc", "--d_frozen", 1]):
-        out = cwd / objective[0]
+    for recipe in (["recipes.energy"], ["recipes.arc", "--d_frozen", 1, "--contrast", 0]):
+        out = cwd / recipe[0]
         shutil.rmtree(cwd / "out", ignore_errors=True)          # 17 GB
-        run_measured("posttrain.py", "--teacher", teacher, "--captions", captions, "--objective",
-                     *objective, "--clips", 1, "--clip_steps", 1, "--max_steps", 1, "--batch_size",
-                     1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu", "--out_dir",
-                     out, cwd=cwd)
+        run_measured(*recipe, "--teacher", teacher, "--captions", captions, "--clips", 1,
+                     "--clip_steps", 1, "--max_steps", 1, "--batch_size", 1, "--grad_accum", 1,
+                     "--precision", "bf16", "--device", "cpu", "--out_dir", out, cwd=cwd)
         assert parameters(out / "student", "") == parameters(teacher)
         shutil.rmtree(out)
     return soundfile.info(cwd / "samples/a-dog_seed0_0.wav").frames, parameters(teacher)

@@ -98,17 +98,16 @@ def as_rgb(images):
     return images.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def schedule(step, steps, lr, warmup=50):
-    """The rate at a step: linear warm-up, then half a cosine to zero."""
-    return lr * min(1, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
-
-
 def fit(name, params, steps, lr, loss_of_step, after=lambda: None):
-    """Minimise loss_of_step(step) with AdamW, calling after() behind each step."""
+    """Minimise loss_of_step(step) with AdamW, calling after() behind each step.
+
+    The rate has 50 steps of linear warm-up, then falls to zero by half a cosine.
+    """
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     bar, mean = tqdm(range(steps), desc=name, mininterval=2), None
     for step in bar:
-        opt.param_groups[0]["lr"] = schedule(step, steps, lr)
+        opt.param_groups[0]["lr"] = (
+            lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps)))
         loss = loss_of_step(step)
         opt.zero_grad()
         loss.backward()
@@ -332,29 +331,24 @@ def stage_settings():
 
 
 def stage_baselines(name, seeds):
-    """What scoring a student on a held-out list needs and no student changes.
-
-    That is the reference and the other rows, put behind those of the lists before it.
-    """
+    """Write what scoring by a held-out list needs and no student changes, behind earlier lists'."""
     rows, classifier = score.held_out(512, name), load_classifier()
     clips = score.generate(score.load_teacher(score.STEPS), rows, "the teacher's reference",
                            score.TEACHER_SEED)
-    heard = *score.features(classifier, score.real(rows, score.REFERENCE)), \
-        score.features(classifier, clips)[0]
-    heard = {key: x.half() for key, x in zip(("embeddings", "logits", "teacher"), heard)}
-    path, first = HERE / "reference.safetensors", name == "first"
-    if not first:
-        before = load_file(path)
-        heard = {key: torch.cat([before[key][:rows[0][0]], x]) for key, x in heard.items()}
+    real, made = (score.features(classifier, mels)
+                  for mels in (score.real(rows, score.REFERENCE), clips))
+    heard = {"embeddings": real[0].half(), "logits": real[1].half(), "teacher": made[0].half()}
+    path, start = HERE / "reference.safetensors", rows[0][0]
+    before = load_file(path) if start else heard
+    heard = {key: torch.cat([before[key][:start], x]) for key, x in heard.items()}
     replace_file(path, lambda tmp: save_file(heard, tmp))
 
     table, path = score.baselines(rows, seeds), HERE / "baselines.json"
     floors = [score.FLOOR + seed for seed in seeds]
-    content = {"N": len(rows), "noise_seeds": seeds, "systems": table,
-               "render_seeds": {"reference": score.REFERENCE, score.FLOOR_ROW: floors}}
-    if not first:
-        content = {**json.loads(path.read_text()), f"{name} list": table}
-    write_json(path, content, indent=2)
+    content = json.loads(path.read_text()) if start else {
+        "N": len(rows), "noise_seeds": seeds,
+        "render_seeds": {"reference": score.REFERENCE, score.FLOOR_ROW: floors}}
+    write_json(path, {**content, f"{name} list" if start else "systems": table}, indent=2)
     print(score.show(table, len(rows)))
 
 
