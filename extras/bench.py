@@ -74,7 +74,7 @@ def forget(device):
 
 def row(name, *cells):
     """Print a line of a table, behind it the most memory that a GPU has held since forget()."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         cells += f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
     cells = (c if isinstance(c, str) else f"{c:.4g}" for c in cells)
     print(f"{name:24s}" + "".join(f"{c:>10s}" for c in cells), flush=True)
@@ -92,8 +92,8 @@ def load(kind, folder, device):
     system = System(folder, load_unet(folder), {}, None, "auto", device)
     if kind == SMALL:                                   # untrained
         small = new_decoder(read_settings(folder)).requires_grad_(False)
-        system.decoder.vae = small.to(device, system.decoder.vae.dtype)
-    system.decoder.vae.to(memory_format=torch.channels_last)
+        system.decoder.vae = small.to(system.decoder.vae.device, system.decoder.vae.dtype,
+                                      memory_format=torch.channels_last)
     fold_upsampling(system.decoder.vae.decoder)
     return system
 
@@ -127,17 +127,15 @@ def bench_sample(folder, device, batch, runs, compiled):
             walk(system, batch, lambda f: (None, f()))
         found[kind], clips[kind] = walk(system, batch, lambda f: clock(f, device, runs))
 
-        length = clips[kind][VOCODER].shape[1] / model.RATE
-        for times in (tflop, found[kind]):
-            times[WHOLE] = sum(times.values())
-        print(f"{kind}, batch {batch} of {length:.2f} s; peak: {best:.2f} TFLOP/s in "
+        tflop[WHOLE], found[kind][WHOLE] = sum(tflop.values()), sum(found[kind].values())
+        print(f"{kind}, batch {batch} of {system.seconds:.2f} s; peak: {best:.2f} TFLOP/s in "
               f"{system.unet.dtype}")
         row("", "TFLOP", "ms", "of peak", "faster")
         for name, t in found[kind].items():
             row(name, n := batch * tflop[name], f"{1e3 * t:.1f}", f"{n / t / best:.0%}",
                 f"{found[PLAIN][name] / t:.2f}x")
-        print(f"real-time factor {t / batch / length:.3f}; the teacher's 200 passes, computed: "
-              f"{1 + 199 * found[kind][UNET] / t:.0f} x the time\n")
+        print(f"real-time factor {t / batch / system.seconds:.3f}; the teacher's 200 passes, "
+              f"computed: {1 + 199 * found[kind][UNET] / t:.0f} x the time\n")
 
     exact, fast = clips[PLAIN], clips[OURS]
     latents = (exact[UNET] - fast[UNET]).std() / exact[UNET].std()
@@ -151,10 +149,10 @@ def bench_sample(folder, device, batch, runs, compiled):
 
 def trainer(folder, device, batch, accumulate=1, compiled=False, checkpointing=False):
     """Return step(): train.py's loop in the paper's setting, less log, resuming and processes."""
-    bf16 = device.type == "cuda" and model.has_bf16(device)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    student = load_unet(folder).to(device).requires_grad_(True)
-    unet = load_unet(folder, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    student, unet = load_unet(folder).to(device), load_unet(folder, dtype=dtype).to(device)
+    student.requires_grad_(True)
     weights, count = [list(student.parameters()), inject(unet)], itertools.count()
     opts = [torch.optim.AdamW(w, lr, fused=device.type == "cuda")
             for w, lr in zip(weights, (1e-5, 1e-3))]

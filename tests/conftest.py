@@ -21,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runs
+
 import model
 import train
 from extras.random_teacher import write_teacher
@@ -104,6 +106,26 @@ def loaded_once():
             if hasattr(module, "load_unet"):
                 patch.setattr(module, "load_unet", copied_unet)
         yield
+
+
+@pytest.fixture(scope="module")
+def one_step_run(plain, captions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    runs.go(plain, captions, out, "--max_steps", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_step_run(plain, captions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    runs.go(plain, captions, out)
+    return out
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Copy a run, to go on from it or to damage it."""
+    return lambda out: shutil.copytree(out, tmp_path / "copied")
 
 
 def options(script, *flags, ranks=0, root=ROOT, threads=1, env={}):

@@ -179,6 +179,11 @@ def test_what_is_drawn_is_spread_as_it_should():
     assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.03
 
 
+def test_both_ends_of_each_range_are_drawn():
+    _, _, _, t, t_lora, _ = draw_batch(range(64), 7, (1, 1, 1), 5, 7, 1)
+    assert set(t.tolist()) == {5, 6} and set(t_lora.tolist()) == {0, 1}
+
+
 def test_noise_of_clips_has_a_seed_and_a_number():
     z = sampling_noise([3, 0, 3], 1, (2, 50, 50))
     assert z.shape == (3, 2, 50, 50) and torch.equal(z[0], z[2]) and not torch.equal(z[0], z[1])

@@ -61,12 +61,10 @@ def pairs(n):
 
     Returns [(first event, its words, the word between, second event, its words)].
     """
-    both = [row for row in world.captions()[1] if row[2] in ("and", "while", "with")]
-    found = []
-    for text, (first, second), join in (both[k * len(both) // n] for k in range(n)):
-        a, _, b = text.partition(f" {join} ")
-        found.append((first[0], a, join, second[0], b))
-    return found
+    both = [row for row in world.held_out() if row[2] in ("and", "while", "with")]
+    rows = [(*row, row[0].split(f" {row[2]} ")) for row in both]
+    return [(first[0], a, join, second[0], b) for _, (first, second), join, (a, b) in (
+        rows[k * len(rows) // n] for k in range(n))]
 
 
 # ---- the measurements --------------------------------------------------------------------------
@@ -97,8 +95,8 @@ def refine(student, figure=None):
     longer = [f"{w} while {world.phrase(e, 0, world.EVENTS[e][3][0])}"
               for w, e in zip(words, added)]
     z_T, z_other = (system.noise(range(n), seed) for seed in (0, 1))
-    before, after, other = (make(system, captions, noise) for captions, noise in (
-        (words, z_T), (longer, z_T), (longer, z_other)))
+    before, after = (make(system, captions, z_T) for captions in (words, longer))
+    other = make(system, longer, z_other)
     loud = before > before.flatten(1).quantile(0.9, 1)[:, None, None]
     same, another = (((mels - before).abs() * loud).sum() / loud.sum() for mels in (after, other))
     print(f"{n} pairs. Where the clip is loudest (a tenth of its spectrogram), log-mel moves by "
@@ -163,9 +161,9 @@ def length(student, n=48):
     one = [steady[i % len(steady)] for i in range(n)]
     first, second = ([counted[(i + k * (1 + i // 4 % 3)) % len(counted)] for i in range(n)]
                      for k in (0, 1))
-    single = [world.phrase(e, 0, "quickly") for e in one]
-    both = [f"{world.phrase(a, 0, 'twice')} and {world.phrase(b, 0, 'twice')}"
-            for a, b in zip(first, second)]
+    single, a, b = ([world.phrase(e, 0, adverb) for e in events] for events, adverb in (
+        (one, "quickly"), (first, "twice"), (second, "twice")))
+    both = [f"{a} and {b}" for a, b in zip(a, b)]
     print("| seconds | steady event, of windows | two counted events, windows each |")
     print("|---|---|---|")
     for seconds in (0.64, 1.28, 2.56, 5.12, 10.24, 20.48):
@@ -179,15 +177,14 @@ def length(student, n=48):
 
 def main(argv=None):
     p = Parser(__doc__)
-    drawn, plain = {"sweep": sweep, "refine": refine}, {"edit": edit, "length": length}
-    p.add_argument("what", choices=[*drawn, *plain], help="what to measure")
+    p.add_argument("what", choices=("sweep", "refine", "edit", "length"), help="what to measure")
     p.add_argument("--student", default="out/student", help="a student of the tiny teacher")
     p.add_argument("--figure", help="a picture to write, of sweep or refine")
     args = p.parse_args(argv)
-    if args.what in drawn:
-        return drawn[args.what](args.student, args.figure)
-    require(not args.figure, "--figure goes with sweep or refine")
-    plain[args.what](args.student)
+    if args.what in ("edit", "length"):
+        require(not args.figure, "--figure goes with sweep or refine")
+        return edit(args.student) if args.what == "edit" else length(args.student)
+    (sweep if args.what == "sweep" else refine)(args.student, args.figure)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,12 @@ def render(name, descriptions, seed):
     np.save(BUILD / f"{name}_labels.npy", np.stack(labels))
 
 
+def write_json(path, content, **kw):
+    path.write_text(json.dumps(content, **kw) + "\n")
+
+
 def load(name, what):
     return torch.from_numpy(np.load(BUILD / f"{name}_{what}.npy"))
-
-
-def load_vae():
-    return AutoencoderKL.from_pretrained(TEACHER / "vae").float()
 
 
 def as_rgb(images):
@@ -98,27 +98,27 @@ def as_rgb(images):
     return images.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def fit(name, params, steps, lr, loss_of_step, after=lambda: None):
-    """Minimise loss_of_step(step) with AdamW, calling after() behind each step.
+def fit(name, params, steps, lr, loss_of_step, after=lambda step: None):
+    """Minimise loss_of_step(step) with AdamW, calling after(step) behind each.
 
     The rate has 50 steps of linear warm-up, then falls to zero by half a cosine.
     """
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     bar, mean = tqdm(range(steps), desc=name, mininterval=2), None
     for step in bar:
-        opt.param_groups[0]["lr"] = (
-            lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps)))
+        warm, cosine = min(1, (step + 1) / 50), 0.5 * (1 + np.cos(np.pi * step / steps))
+        opt.param_groups[0]["lr"] = lr * warm * cosine
         loss = loss_of_step(step)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        after()
+        after(step)
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
 
 
-# ---- captions and sounds -----------------------------------------------------------------------
+# ---- the stages --------------------------------------------------------------------------------
 
 def stage_data():
     train, held = world.captions(SEED)
@@ -130,8 +130,6 @@ def stage_data():
     render("teacher", world.clips(CLIPS, True, SEED), SEED + 1000)
     render("classifier", world.clips(CLIPS // 3, False, SEED), SEED + 2000)
 
-
-# ---- the VAE -----------------------------------------------------------------------------------
 
 def stage_vae(steps=1200, size=32):
     images = load("teacher", "images")
@@ -168,7 +166,8 @@ def stage_decoder(cycle=0, steps=800, size=16):
     """Go on with the decoder alone, which is cheaper: latents, and so the teacher, stay as is."""
     images, (mean, std) = load("teacher", "images"), load("teacher", "latents")
     torch.manual_seed(SEED)
-    vae = load_vae().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
+    vae = vae.to(memory_format=torch.channels_last)
 
     def loss(step):
         rng = np.random.default_rng((SEED, 5 + 5 * cycle, step))
@@ -187,16 +186,11 @@ def stage_decoder(cycle=0, steps=800, size=16):
     vae.half().save_pretrained(TEACHER / "vae")
 
 
-# ---- the metrics' classifier -------------------------------------------------------------------
-
 def stage_classifier(steps=2500, size=48, returned=5000):
-    """Train on clips of any pair, as rendered and as the VAE returns them.
-
-    So it hears events rather than the VAE.
-    """
+    """Train on clips of any pair, as rendered and as the VAE returns them: to hear only events."""
     images = torch.cat([load("classifier", "images"), load("teacher", "images")])
     labels = torch.cat([load("classifier", "labels"), load("teacher", "labels")])
-    vae = load_vae()
+    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
     x = [energy(part[:, None]) for part in images.split(500)]
     with torch.no_grad(), BF16:
         for part in tqdm(images[:returned].split(50), desc="returned"):
@@ -221,8 +215,6 @@ def stage_classifier(steps=2500, size=48, returned=5000):
     save_file(state, HERE / "classifier.safetensors")
 
 
-# ---- text encoder and UNet ---------------------------------------------------------------------
-
 def make_tokenizer(texts):
     """A tokenizer of the captions' words, padded to 24 tokens; other words become <unk>."""
     special = ["<pad>", "<unk>", "<bos>", "<eos>"]
@@ -242,8 +234,7 @@ def make_tokenizer(texts):
 def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
     """Train text encoder and UNet together.
 
-    again: go on from their saved weights, with t drawn more often where it is high: there it is
-    decided what sounds, and how often.
+    again: go on, with t more often high, where it is decided what sounds, and how often.
     """
     mean, std = load("teacher", "latents").float()
     scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
@@ -274,7 +265,6 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
     alphas = scheduler.alphas_cumprod
     params = list(unet.parameters()) + list(text.parameters())
     ema = [p.detach().clone() for p in params]
-    seen = 0
 
     def loss(step):
         rng = np.random.default_rng((SEED, 6 if again else 4, step))
@@ -297,10 +287,8 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
         # starts, untrained
         return ((out - eps).square() / a).mean()
 
-    def after():
-        nonlocal seen
-        seen += 1
-        torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (seen + 1), 0.004))
+    def after(step):
+        torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (step + 2), 0.004))
 
     fit("teacher", params, steps, lr, loss, after)
     for p, e in zip(params, ema):
@@ -311,12 +299,6 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
     text.save_pretrained(TEACHER / "text_encoder", state_dict=state)
     tokenizer.save_pretrained(TEACHER / "tokenizer")
     scheduler.save_pretrained(TEACHER / "scheduler")
-
-
-# ---- what stands beside the weights ------------------------------------------------------------
-
-def write_json(path, content, **kw):
-    path.write_text(json.dumps(content, **kw) + "\n")
 
 
 def stage_settings():

@@ -86,15 +86,11 @@ def features(classifier, mels, batch=64):
 EXACT = {"precision": "fp32", "device": "cpu"}
 
 
-def folded(system):
-    """The System, its decoding a quarter faster."""
-    fold_upsampling(system.decoder.vae.decoder)
-    return system
-
-
 def load_teacher(steps, guidance=None):
     """Load the tiny teacher, to sample in so many steps; guidance None: its own."""
-    return folded(model.load_teacher("tiny", steps, guidance, **EXACT))
+    system = model.load_teacher("tiny", steps, guidance, **EXACT)
+    fold_upsampling(system.decoder.vae.decoder)         # a quarter faster
+    return system
 
 
 def teacher_systems(steps):
@@ -116,7 +112,9 @@ def load_student(name, decoder="vae"):
     folder, part, about = model.open_student(name)
     require(not part and is_of_tiny(about), f"{name}: is no student that train.py made of the tiny "
             f"teacher (its teacher: {about['teacher']}); score it with extras.eval")
-    return folder, about, folded(model.load_student(name, "tiny", decoder=decoder, **EXACT))
+    system = model.load_student(name, "tiny", decoder=decoder, **EXACT)
+    fold_upsampling(system.decoder.vae.decoder)
+    return folder, about, system
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -133,8 +131,7 @@ def reference(rows):
 
 def scored(rows, mels):
     """The metrics of a system's clips (n, 64, 256) of these rows."""
-    *target, teacher = reference(rows)
-    heard = features(load_classifier(), mels)
+    (*target, teacher), heard = reference(rows), features(load_classifier(), mels)
     return {**scores(target, heard),
             "FD to teacher": frechet(teacher, heard[0]) if len(rows) > 1 else None}
 
@@ -143,13 +140,6 @@ def measure(systems, rows, seed=0):
     """Score systems {name: System} on rows of held_out(): {name: row}."""
     return {name: scored(rows, generate(system, rows, name, seed))
             for name, system in systems.items()}
-
-
-def measure_decoder(system, fast, rows, seed=0):
-    """Score a student with its small decoder: (row, mean log-mel error to the VAE's, in nepers)."""
-    exact, mels = (generate(s, rows, name, seed)
-                   for s, name in ((system, "VAE"), (fast, "small decoder")))
-    return scored(rows, mels), (mels - exact).abs().mean().item()
 
 
 def floor(rows, seed=0):
@@ -297,27 +287,28 @@ def report(args):
     folder, about, system = load_student(args.student)
     student = {f"student after {about['step']} steps": system}
     rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
-    table = {}
+    others = {}
     if args.all:
-        table = baselines(rows, [args.seed], args.steps)
+        others = baselines(rows, [args.seed], args.steps)
     elif len(rows) == whole:
-        table = shipped_rows(args.list)
-    missing = not table
-    table = {**table, **measure(student, rows, args.seed)}
+        others = shipped_rows(args.list)
+    table = {**others, **measure(student, rows, args.seed)}
     image = sample_sheet({**teacher_systems(args.steps), **student}, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
-    if len(rows) > 1 and not missing:
+    if len(rows) > 1 and others:
         print(ratios(table, args.steps))
     found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
              "systems": table}
     if (folder / "decoder/config.json").exists():
         _, _, fast = load_student(args.student, "fast")
-        row, error = measure_decoder(system, fast, rows, args.seed)
+        exact, mels = (generate(s, rows, name, args.seed)
+                       for s, name in ((system, "VAE"), (fast, "small decoder")))
+        row, error = scored(rows, mels), (mels - exact).abs().mean().item()
         found["small decoder"] = {**row, "log-mel error": error}
         print(show({"student, small decoder": row}, len(rows)).splitlines()[1])
         print(f"the small decoder's log-mels differ from the VAE's by {error:.3f} nepers")
-    if missing:
+    if not others:
         print(f"The other rows are shipped for N = {whole}; --all measures them here.")
     out = folder.parent
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
