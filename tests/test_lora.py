@@ -110,7 +110,7 @@ def test_the_seed_decides_the_adapters(plain):
 
 
 def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
-    parameters = inject(unet, "all", 2, 2)
+    parameters = inject(unet.requires_grad_(True), "all", 2, 2)
     randomise(unet)
     call(unet).square().mean().backward()
     trainable = {name: p for name, p in unet.named_parameters() if p.requires_grad}

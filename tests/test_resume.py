@@ -255,7 +255,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_student_goes_on(
                 "opt_student": new["opts"]["student"], "opt_lora": {}}, out / "checkpoint.pt")
     with pytest.raises(InputError, match="is of an earlier version") as e:
         go(plain, captions, out)
-    assert "\n" not in str(e.value) and f"--init {out / 'student'}" in str(e.value)
+    assert "\n" not in str(e.value) and "--init goes on from a student" in str(e.value)
     about = json.loads((out / "student/swiftaudio.json").read_text())
     (out / "student/swiftaudio.json").write_text(json.dumps({**about, "flags": config}))
     assert go(plain, captions, tmp_path / "on", "--init", out / "student")["step"] == 2
