@@ -236,14 +236,15 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
         try:                                            # torch maps no name that is not UTF-8
             found = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=str(path).isprintable())
+            theirs = found["config"]
         except Exception as e:
             raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or {instead}")
-        theirs = found["config"]
         require("captions a step" in theirs, f"{path}: is of an earlier version of this code; "
                 f"{instead} (train.py's --init goes on from a student)")
         fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
         for name in ["recipe", "teacher's weights", *sorted(fixed)]:
-            require(theirs.get(name) == ours.get(name), f"{out}: holds a run with --{name} "
+            flag = name if " " in name else f"--{name}"
+            require(theirs.get(name) == ours.get(name), f"{out}: holds a run with {flag} "
                     f"{theirs.get(name)}, this one has {ours.get(name)}; {instead}")
         for name, tensors in weights.items():
             for w, saved in zip(tensors, found["weights"][name], strict=True):
@@ -259,7 +260,8 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
         dist.all_gather_object(steps, run.first_step)
         require(len(set(steps)) == 1, f"{out}: the processes would start at steps {steps}; pass an "
                 "--out_dir that all of them see")
-    size = sum(3 * w.nbytes for tensors in weights.values() for w in tensors)   # Adam has two
+    size = sum(w.nbytes * (1 if name == "ema" else 3)   # Adam has two for each weight
+               for name, tensors in weights.items() for w in tensors)
     free, copies = shutil.disk_usage(out).free, 1 if run.first_step else 2      # while replaced
     require(free > copies * size, f"{out}: {free / 1e9:.1f} GB are free, and saving takes "
             f"{copies} x {size / 1e9:.1f} GB")

@@ -53,7 +53,7 @@ def test_the_same_teacher_by_another_name_resumes(plain, captions, tmp_path, bro
 
     change_teacher(broken)
     monkeypatch.setattr(train, "load_unet", load_unet)      # read anew
-    with pytest.raises(InputError, match="holds a run with --.* weights .*, this one has"):
+    with pytest.raises(InputError, match="holds a run with .* weights .*, this one has"):
         go(broken, captions, out)
 
 
@@ -207,7 +207,7 @@ def test_another_run_is_not_mixed_in(plain, captions, copied, one_step_run):
     out = copied(one_step_run)
     for flags, says in ((["--lora_rank", 8], "holds a run with --lora_rank 4, this one has 8"),
                         (["--seed", 1], "--seed 0"), (["--tv", "l2"], "--tv l1"),
-                        (["--max_captions", 3], "holds a run with --captions' text"),
+                        (["--max_captions", 3], "holds a run with captions. text"),
                         (["--decay"], "--decay False, this one has True")):
         with pytest.raises(InputError, match=says):
             go(plain, captions, out, *flags)

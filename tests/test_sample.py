@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 import train
 from data import InputError
-from model import LOG_MAX, LOG_MIN, TINY, pick_device, sampling_dtype
+from model import LOG_MAX, LOG_MIN, TINY, load_student, pick_device, sampling_dtype
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,16 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     printed = capsys.readouterr().out
     assert printed.count(".wav") == 10 and "... and 2 more, listed in" in printed
     assert len(manifest(out)) == 13
+
+
+def test_the_seed_and_the_number_choose_the_noise(student, tmp_path):
+    flags = ["--student", student, "--prompt", "rain", "--precision", "fp32", "--out", tmp_path]
+    go(*flags, "--seed", 3, "--n", 2)
+    system = load_student(student, precision="fp32", device="cpu")
+    for k in range(2):
+        wav, = system(["rain"], seed=3, k=k)
+        assert np.abs(read(tmp_path, f"rain_seed3_{k}") - 32767 * wav).max() <= 3
+    assert np.abs(wav - system("rain")[0]).max() > 1e-3
 
 
 def test_a_name_for_every_clip():
