@@ -63,7 +63,8 @@ def find(name, files, skip=()):
         return Path(huggingface_hub.snapshot_download(
             name, allow_patterns=files, ignore_patterns=skip))
     except Exception as e:
-        raise InputError(f"{name}: no folder here, nor had of the hub ({cause(e)}); pass a folder")
+        raise InputError(f"{name}: neither a folder here nor available from the hub ({cause(e)}); "
+                         "pass a folder")
 
 
 def cause(error):
