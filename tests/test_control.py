@@ -209,9 +209,13 @@ def test_strength_mixes_noise_of_unit_variance(tmp_path, monkeypatch, strength, 
         seen.append(z_T)
         return torch.zeros(2, 64, 256), np.zeros((2, 40960))
 
-    monkeypatch.setattr(control, "invert_recording", lambda *args: (start, 0.1))
+    asked = []
+    monkeypatch.setattr(control, "invert_recording",
+                        lambda *args: asked.append(args) or (start, 0.1))
     monkeypatch.setattr(control, "make_weighted", make_weighted)
-    go(tmp_path, *ALARM, "--init", "a.wav", "--strength", strength, "--n", 2, "--seed", 3)
+    go(tmp_path, *ALARM, "--init", "a.wav", "--init_prompt", "a dog barks", "--strength", strength,
+       "--n", 2, "--seed", 3)
+    assert asked == [("a.wav", "a dog barks", asked[0][2], 3)]
     z = sampling_noise([0, 1], 3, (4, 8, 32))
     torch.testing.assert_close(seen[0], of_recording * start + strength * z)
 

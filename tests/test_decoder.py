@@ -2,18 +2,20 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused, write_checkpoint
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 import model
 import sample
 import train
-from data import InputError
+from data import InputError, caption_at, draw_batch, read_captions
 from extras import eval as evaluate
+from losses import one_step
 from model import LOG_MAX, LOG_MIN, TINY, image_to_mel
 from recipes import decoder
 from tiny import score
@@ -70,6 +72,40 @@ def test_2n_steps_are_n_a_resume_and_n(trained, student, tmp_path, monkeypatch):
     (student / "decoder/diffusion_pytorch_model.safetensors").unlink()
     again = distil(student, "--max_steps", 6)               # finished: written again
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_run_is_that_of_its_flags_and_of_its_student(student, captions, monkeypatch):
+    """Two steps by hand: which clips of which captions, from where, at which rate."""
+    about = json.loads((student / "swiftaudio.json").read_text())
+    about |= {"parameterization": "direct", "timestep": 500}
+    about["flags"]["max_captions"] = 5
+    (student / "swiftaudio.json").write_text(json.dumps(about))
+    seen, loss = [], decoder.decoder_loss
+    monkeypatch.setattr(decoder, "decoder_loss", lambda *both: seen.append(
+        [x.detach().clone() for x in both]) or loss(*both))
+    distil(student, "--seed", 3, "--clips", 6, "--batch_size", 3, "--max_steps", 2, "--lr", 1e-3)
+
+    home = Path(about["teacher"])
+    shape, (alpha, sigma) = model.latent_shape(home, 0.64), model.noise_schedule(
+        model.load_scheduler(home))
+    texts, vae = read_captions(captions)[0][:5], AutoencoderKL.from_pretrained(home / "vae")
+    z_T = draw_batch(range(6), 3, shape, 0, 1, 999)[0]
+    torch.manual_seed(3)
+    network = decoder.new_decoder({"decoder": SMALL})
+    with torch.no_grad():
+        text = model.TextEncoder(home)([caption_at(texts, 3, n) for n in range(6)])
+        x0 = one_step(model.denoiser(model.load_unet(student, "")), z_T, text, alpha, sigma,
+                      "direct", 500).half().float()
+        images = vae.decode(x0 / vae.config.scaling_factor).sample[:, :1]
+        rows = [caption_at(range(6), 3, n) for n in range(6)]
+        first = network.decoder(x0[rows[:3]] / network.config.scaling_factor)
+    for (_, target), part in zip(seen, (rows[:3], rows[3:]), strict=True):
+        torch.testing.assert_close(target, images[part], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(seen[0][0], first, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(images[rows[:3]], images[rows[3:]], rtol=1e-2, atol=3e-2)
+    checkpoint = torch.load(student / "decoder/checkpoint.pt", weights_only=True)
+    group, = checkpoint["opts"]["decoder"]["param_groups"]
+    assert group["lr"] == pytest.approx(1e-3 * 2 / 50 / 2)      # warm-up, and half way to zero
 
 
 def test_it_learns_the_vae_s_picture(tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,8 @@ def test_scores_are_taken_in_true_fp32(flags, recordings, plain, here, tf32):
 def test_rows_that_do_not_compare_are_refused_or_marked(scored, here, capsys):
     for key, value, says in (("N", 11, "N differs (12, 11)"), ("seconds", 5, "seconds differs"),
                              ("crop_seed", 1, "crop_seed differs (None, 1)"),
+                             ("features", "panns", "features differs"),
+                             ("weights", {"classifier": "0" * 64}, "weights differs"),
                              ("list", ["a.wav"], "list differs"), ("rate", 8000, "rate differs")):
         (here / "t.json").write_text(json.dumps({**scored, key: value}))
         refuses("table", "new/s.json", "t.json", says=[says, "--anyway"])
@@ -187,6 +190,33 @@ def test_clap_takes_the_prompts_of_the_manifest(recordings, clap, here, capsys):
 
     (here / "made/manifest.json").write_text(json.dumps(rows[:1]))
     refuses(*flags, says=["made/manifest.json", NAMES[1], "without --clap"])
+
+
+def test_files_are_cut_to_the_seconds_that_are_asked_for(recordings, here):
+    """Of 2.56 s, the last 0.56 s are silent in one folder."""
+    (here / "made").mkdir()
+    for name in NAMES[:2]:
+        wav = soundfile.read(recordings / name)[0] + 0.0
+        wav -= wav[:32000].mean()
+        wav[32000:] = 0
+        soundfile.write(here / "made" / name, wav, 16000, "FLOAT")
+    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated", "made",
+             "--json", "s.json", "--seconds")
+    found = []
+    for seconds in (2, 10):
+        go(*flags, seconds)
+        found.append(load(here / "s.json")["FD"])
+    assert found[0] < 0.1 * found[1]
+
+
+def test_the_networks_are_read_from_where_weights_says_or_downloaded_there(
+        recordings, here, monkeypatch):
+    monkeypatch.setattr(metrics, "load_network", lambda kind, *how: pytest.fail(str(how)))
+    for more in ([], ["--download"]):
+        with pytest.raises(pytest.fail.Exception) as found:
+            go("score", "--reference", recordings, "--generated", recordings, "--weights", "w",
+               *more)
+        assert str(found.value) == str((Path("w"), bool(more)))
 
 
 # ---- caption lists -----------------------------------------------------------------------------
@@ -326,6 +356,12 @@ def test_whatever_made_a_clip_is_noticed_when_it_changes(one, here, broken, monk
         for flags in of:
             refuses(*flags, says=["/clips", "sha256 differs", "--out"])
         path.write_text(was)
+    for folder, flags in ((broken / "unet", one[0]), (here / "student", one[1])):
+        path = folder / "diffusion_pytorch_model.safetensors"
+        was = path.read_bytes()
+        save_file({k: 2 * v for k, v in load_file(path).items()}, path, {"format": "pt"})
+        refuses(*flags, says=["/clips", "sha256 differs", "--out"])
+        path.write_bytes(was)
     (here / "student/README.md").write_text("a card")   # no part of it
     for flags in one:
         go(*flags)

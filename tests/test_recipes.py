@@ -152,18 +152,22 @@ def test_the_relativistic_loss_alone_brings_a_gaussian_student_to_the_teacher():
 
 # ---- the teacher's clips -----------------------------------------------------------------------
 
-@pytest.fixture
-def step(plain, captions, clips):
+def first_step(plain, captions, clips, unet, seed=0, *how):
     """What the first step of a run draws, and the networks it starts from."""
     s = SimpleNamespace(shape=model.latent_shape(plain), encode=model.TextEncoder(plain),
-                        unet=load_unet(plain), captions=read_captions(captions)[0])
+                        unet=unet, captions=read_captions(captions)[0])
     s.alpha, s.sigma = model.noise_schedule(model.load_scheduler(plain))
-    s.z_T = draw_batch(range(4), 0, s.shape, 20, 981, 999)[0]
-    places = [caption_at(range(8), 0, n) for n in range(4)]
-    s.text = s.encode([caption_at(s.captions, 0, n) for n in places])
+    s.z_T = draw_batch(range(4), seed, s.shape, 20, 981, 999)[0]
+    places = [caption_at(range(8), seed, n) for n in range(4)]
+    s.text = s.encode([caption_at(s.captions, seed, n) for n in places])
     s.y = load_file(clips)["clips"][places].float()
-    s.make = lambda z: one_step(denoiser(s.unet), z, s.text, s.alpha, s.sigma)
+    s.make = lambda z: one_step(denoiser(s.unet), z, s.text, s.alpha, s.sigma, *how)
     return s
+
+
+@pytest.fixture
+def step(plain, captions, clips):
+    return first_step(plain, captions, clips, load_unet(plain))
 
 
 def test_the_clips_are_the_guided_teacher_s_from_T_and_from_noise_of_their_own(step, plain, clips):
@@ -229,6 +233,59 @@ def test_energy_is_its_loss_of_new_noise(go, step):
     line = go(*ENERGY, "--samples", 3, "--patch", 2)[2][0]
     assert line["energy"] == pytest.approx(loss.item(), rel=1e-4)
     assert line["grad_student"] == norm_of(step.unet.parameters())
+
+
+@pytest.mark.parametrize("recipe", [arc, energy])
+def test_a_run_from_a_student_is_at_its_t_and_of_its_own_seed(go, plain, captions, student, recipe,
+                                                              tmp_path):
+    """The clips too, in as many steps as --clip_steps says."""
+    cache = tmp_path / "clips.safetensors"
+    line, = go(recipe, "--seed", 3, "--clip_steps", 12, "--cache", cache, "--parameterization",
+               "direct", "--max_steps", 1, first=["--init", student])[2]
+    s = first_step(plain, captions, cache, load_unet(student, ""), 3, "direct", 625)
+    with torch.no_grad():
+        if recipe is energy:
+            more, _ = draw_more(range(4), 3, 2, s.shape)
+            expected = energy_loss(torch.stack([s.make(z) for z in more]), s.y).mean()
+        else:
+            torch.manual_seed(3)
+            D = Discriminator(load_unet(plain), False, torch.autocast("cpu", enabled=False))
+            more, t = draw_more(range(4), 3, 3, s.shape, 50, 700)
+            made, real = (D(diffuse(clip, t, more[0], s.alpha, s.sigma), t, s.text)
+                          for clip in (s.make(s.z_T), s.y))
+            expected = relativistic_loss(made, real).mean()
+    assert line[recipe.__name__[8:]] == pytest.approx(expected.item(), rel=1e-4)
+
+    text = s.encode([caption_at(s.captions, 3, n) for n in range(4)])
+    scheduler = PNDMScheduler.from_pretrained(plain / "scheduler", timestep_spacing="trailing")
+    eps = guided(denoiser(load_unet(plain)), s.encode([""]), 2)
+    clips = many_steps(eps, draw_more(range(4), 3, 1, s.shape, stream=4)[0][0], text, scheduler, 12)
+    made = load_file(cache)["clips"][:4].float()
+    torch.testing.assert_close(made, clips, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("recipe", [arc, energy])
+def test_the_optimizer_s_flags_are_those_of_train_py(go, plain, recipe):
+    """AdamW's first step by hand, from its own state."""
+    checkpoint, saved, _ = go(recipe, "--max_steps", 1, "--beta1", 0.6, "--beta2", 0.7,
+                              "--weight_decay", 5, "--grad_clip", 1e-3, "--ema", 0.05, "--warmup",
+                              2, *(["--d_first", 0] if recipe is arc else []))
+    for opt in checkpoint["opts"].values():
+        m, v = (torch.cat([s[key].flatten() for s in opt["state"].values()])
+                for key in ("exp_avg", "exp_avg_sq"))
+        g = m / 0.4
+        assert g.norm().item() == pytest.approx(1e-3, rel=1e-2)
+        torch.testing.assert_close(v, 0.3 * g.square())
+    group, = checkpoint["opts"]["student"]["param_groups"]
+    assert group["lr"] == 5e-4
+    before, after, ema = (torch.cat([w.detach().flatten() for w in ws]) for ws in (
+        load_unet(plain).parameters(), *(checkpoint["weights"][k] for k in ("student", "ema"))))
+    m, v = (torch.cat([s[key].flatten() for s in checkpoint["opts"]["student"]["state"].values()])
+            for key in ("exp_avg", "exp_avg_sq"))
+    g, root = m / 0.4, (v / 0.3).sqrt()
+    torch.testing.assert_close(after, before * (1 - 5e-4 * 5) - 5e-4 * g / (root + 1e-8),
+                               rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ema, 0.05 * before + 0.95 * after)
 
 
 def test_arc_compares_both_clips_at_one_t_and_noise(go, step, plain):
@@ -335,17 +392,20 @@ def test_2n_steps_equal_n_resume_n(go, student, recipe, tmp_path, monkeypatch):
 
 
 DIVIDED = [*ARC, "--contrast", 0, "--max_steps", 1]     # "another caption" is of a forward pass
+SUMS = {"arc": ("arc", "d", "grad_student", "grad_d"), "energy": ("energy", "grad_student")}
 
 
-def same_sums(line, large):
-    for key in ("arc", "d", "grad_student", "grad_d"):
+def same_sums(line, large, keys=SUMS["arc"]):
+    for key in keys:
         assert line[key] == pytest.approx(large[key], rel=2e-3), key
 
 
-def test_accumulation_equals_the_large_batch(go, tmp_path):
-    (large,) = go(*DIVIDED)[2]
-    (parts,) = go(*DIVIDED, "--batch_size", 2, "--grad_accum", 2, out=tmp_path / "b")[2]
-    same_sums(parts, large)
+@pytest.mark.parametrize("recipe", SUMS)
+def test_accumulation_equals_the_large_batch(go, tmp_path, recipe):
+    flags = DIVIDED if recipe == "arc" else [*ENERGY, "--max_steps", 1]
+    (large,) = go(*flags)[2]
+    (parts,) = go(*flags, "--batch_size", 2, "--grad_accum", 2, out=tmp_path / "b")[2]
+    same_sums(parts, large, SUMS[recipe])
 
 
 @pytest.mark.slow
@@ -392,6 +452,7 @@ def test_refusals(plain, adapter, broken, captions, clips, student, tmp_path):
             ("arc", [*teacher, "--d_t_max", 1001], ["--d_t_max 1001", "1000"]),
             ("energy", ["--init", student, "--teacher", broken], [str(student), str(broken)]),
             ("energy", [*teacher, "--guidance", 3], [str(clips), "guidance 2.0", "3.0"]),
+            ("energy", [*teacher, "--clip_steps", 5], [str(clips), "clip_steps 10", "5"]),
             ("energy", ["--teacher", broken], [str(clips), "teacher's weights"]),
             ("energy", ["--teacher", adapter], [str(clips), "text encoder's weights"]),
             ("arc", [*teacher, "--seed", 1], [str(clips), "seed 0"]),

@@ -323,6 +323,39 @@ def test_diversity_of_a_student_is_printed(student, capsys):
     assert line.startswith("2 captions, 2 clips each: real audio") and "student / teacher" in line
 
 
+def test_score_s_flags_reach_what_they_are_for(student, monkeypatch):
+    row, asked = dict.fromkeys(score.DIGITS, 1.0), []
+    numbers = lambda rows: [n for n, *_ in rows]
+    monkeypatch.setattr(score, "measure", lambda systems, rows, seed: asked.append(
+        (numbers(rows), seed)) or dict.fromkeys(systems, row))
+    monkeypatch.setattr(score, "baselines", lambda rows, seeds, steps: asked.append(
+        (numbers(rows), seeds, steps)) or {})
+    monkeypatch.setattr(score, "sample_sheet", lambda *args: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(score, "diversity", lambda systems, rows, each, seed: asked.append(
+        (numbers(rows), each, seed)) or {"student": 1, "teacher": 2})
+    monkeypatch.setattr(score, "load_teacher", lambda steps, **more: asked.append(steps))
+    common = [str(student), "--seed", "5", "--steps", "3"]
+    score.main([*common, "--list", "third", "--kind", "unseen", "--clips", "4", "--all"])
+    rows = numbers(score.held_out(4, "third", "unseen"))
+    assert asked[:2] == [(rows, [5], 3), (rows, 5)]
+    asked.clear()
+    score.main([*common, "--list", "second", "--kind", "seen", "--clips", "8", "--diversity", "4"])
+    assert asked == [3, (numbers(score.held_out(2, "second", "seen")), 4, 5)]
+
+
+def test_a_student_s_clips_are_of_the_seed_s_noise_and_at_its_own_t(student):
+    about = json.loads((student / "swiftaudio.json").read_text())
+    (student / "swiftaudio.json").write_text(json.dumps(about | {"timestep": 500}))
+    (_, _, system), expected = score.load_student(student), model.load_student(
+        student, "tiny", precision="fp32", device="cpu")
+    rows = score.held_out(2, "second")
+    with torch.no_grad():
+        z_T = expected.noise([n for n, *_ in rows], 5)
+        text = expected.encode_text([caption for _, caption, _, _ in rows])
+        clips = expected.decoder.decode(expected.latents(z_T, text))
+    torch.testing.assert_close(score.generate(system, rows, "", 5), clips, rtol=1e-3, atol=1e-2)
+
+
 def test_what_cannot_be_scored_is_refused_in_one_line(student, plain, tmp_path):
     (tmp_path / "empty").mkdir()
     for flags, says in {
@@ -467,6 +500,61 @@ def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
     assert list(rows) == ["real audio, rendered again", "teacher, 1 step", "teacher, 2 steps",
                           str(student)]
     assert rows["teacher, 1 step"] == rows[str(student)] != rows["teacher, 2 steps"]
+
+
+def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
+    row, trained, measured, names = dict.fromkeys(score.DIGITS, 1.0), [], [], []
+    monkeypatch.setattr(train, "main", lambda words: trained.append(words))
+    monkeypatch.setattr(score, "load_student", lambda name: names.append(name) or [None] * 3)
+    monkeypatch.setattr(score, "load_teacher", lambda *args, **more: None)
+    monkeypatch.setattr(score, "floor", lambda rows, seed: {})
+    monkeypatch.setattr(score, "measure", lambda systems, rows, seed: measured.append(
+        ([n for n, *_ in rows], seed)) or dict.fromkeys(systems, row))
+    ablate.main(["table5", "--only", "500 captions", "--steps", "7", "--seeds", "2", "--clips", "2",
+                 "--list", "third", "--out", str(tmp_path)])
+    for seed, words in enumerate(trained):
+        args = train.parse_args(words)
+        assert (args.seed, args.max_steps, args.max_captions) == (seed, 7, 500)
+        assert str(args.out_dir).startswith(str(tmp_path))
+    numbers = [n for n, *_ in score.held_out(2, "third")]
+    assert len(trained) == 2 and measured == [(numbers, 0), (numbers, 1)]
+    names.clear()
+    ablate.main(["queries", "--seeds", "2", "--clips", "2", "--student", "out{seed}/student"])
+    assert names == ["out0/student", "out1/student"]
+
+
+def test_control_s_measurements_compare_what_they_say(monkeypatch, capsys):
+    made, lengths, pairs = [], [], control.pairs
+    noise = lambda numbers, seed: torch.full((len(numbers), 4, 8, 32), float(seed))
+
+    def make(system, captions, z_T):
+        made.append((captions, z_T))
+        return torch.rand(len(captions), 64, round(100 * (lengths[-1] or 2.56)))
+
+    system = SimpleNamespace(noise=noise, encode_text=list)
+    monkeypatch.setattr(control, "load", lambda student, seconds=None: lengths.append(
+        seconds) or system)
+    monkeypatch.setattr(control, "make", make)
+    monkeypatch.setattr(control, "heard", lambda mels, events: torch.ones(len(events)))
+    monkeypatch.setattr(control, "pairs", lambda n: pairs(2))
+    control.sweep("out")
+    for w, (captions, _) in zip((0, 0.5, 1, 1.5, 2, 3, 4), made, strict=True):
+        assert captions == [f"({a}:{w}) {join} {b}" for _, a, join, _, b in pairs(2)]
+    made.clear()
+    control.refine("out")
+    (words, z), (longer, same), (again, other) = made
+    assert torch.equal(z, same) and not torch.equal(z, other) and longer == again
+    assert all(b.startswith(f"{a} while ") for a, b in zip(words, longer, strict=True))
+    lengths.clear()
+    control.length("out")
+    assert lengths == [0.64, 1.28, 2.56, 5.12, 10.24, 20.48]
+
+    monkeypatch.setattr(control, "invert", lambda latents, x0, z: (torch.full_like(z, 7), None))
+    found = control.noises_of(system, torch.randn(1, 4, 8, 32), ["a dog barks"])
+    for s, expected in ((0, 7), (0.4, 0.84 ** 0.5 * 7 + 0.4)):
+        for name in ("its caption", "no words"):
+            z_T = found[f"inverted with {name}, strength {s}"]
+            torch.testing.assert_close(z_T, torch.full_like(z_T, expected))
 
 
 def test_control_hears_the_right_events(monkeypatch, capsys, tmp_path):
