@@ -486,14 +486,14 @@ def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
 
 def test_crops_have_a_seed_of_their_own(clotho, here):
     """The noise of the clips must not move the recordings that they are scored against."""
-    def crops(out):
-        return {name: content for name, (content, _) in contents(here / out / "reference").items()}
+    def crops(out, folder="reference"):
+        return {name: content for name, (content, _) in contents(here / out / folder).items()}
 
     first = clotho()
     noise = clotho("--seed", 1, out="noise")
     moved = clotho("--crop_seed", 1, out="moved")
     assert crops("noise") == crops("out") and noise["list"] == first["list"]
-    assert contents(here / "noise/clips") != contents(here / "out/clips")
+    assert crops("noise", "clips") != crops("out", "clips") == crops("moved", "clips")
     assert all(crops("moved")[name] != content for name, content in crops("out").items())
     assert moved["crop_seed"] == 1
     go("table", "out/scores.json", "noise/scores.json")

@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -334,13 +335,13 @@ def test_score_s_flags_reach_what_they_are_for(student, monkeypatch):
     monkeypatch.setattr(score, "diversity", lambda systems, rows, each, seed: asked.append(
         (numbers(rows), each, seed)) or {"student": 1, "teacher": 2})
     monkeypatch.setattr(score, "load_teacher", lambda steps, **more: asked.append(steps))
-    common = [str(student), "--seed", "5", "--steps", "3"]
+    common = [str(student), "--seed", "5", "--steps", "4"]
     score.main([*common, "--list", "third", "--kind", "unseen", "--clips", "4", "--all"])
     rows = numbers(score.held_out(4, "third", "unseen"))
-    assert asked[:2] == [(rows, [5], 3), (rows, 5)]
+    assert asked[:2] == [(rows, [5], 4), (rows, 5)]
     asked.clear()
     score.main([*common, "--list", "second", "--kind", "seen", "--clips", "8", "--diversity", "4"])
-    assert asked == [3, (numbers(score.held_out(2, "second", "seen")), 4, 5)]
+    assert asked == [4, (numbers(score.held_out(2, "second", "seen")), 4, 5)]
 
 
 def test_a_student_s_clips_are_of_the_seed_s_noise_and_at_its_own_t(student):
@@ -504,7 +505,12 @@ def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
 
 def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
     row, trained, measured, names = dict.fromkeys(score.DIGITS, 1.0), [], [], []
-    monkeypatch.setattr(train, "main", lambda words: trained.append(words))
+
+    def main(words):
+        trained.append(train.parse_args(words))
+        Path(trained[-1].out_dir).mkdir(parents=True)
+
+    monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(score, "load_student", lambda name: names.append(name) or [None] * 3)
     monkeypatch.setattr(score, "load_teacher", lambda *args, **more: None)
     monkeypatch.setattr(score, "floor", lambda rows, seed: {})
@@ -512,8 +518,7 @@ def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
         ([n for n, *_ in rows], seed)) or dict.fromkeys(systems, row))
     ablate.main(["table5", "--only", "500 captions", "--steps", "7", "--seeds", "2", "--clips", "2",
                  "--list", "third", "--out", str(tmp_path)])
-    for seed, words in enumerate(trained):
-        args = train.parse_args(words)
+    for seed, args in enumerate(trained):
         assert (args.seed, args.max_steps, args.max_captions) == (seed, 7, 500)
         assert str(args.out_dir).startswith(str(tmp_path))
     numbers = [n for n, *_ in score.held_out(2, "third")]
