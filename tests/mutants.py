@@ -1,5 +1,7 @@
 """Places to break the code on purpose: would a test notice? (name, file, old text, new text, tests).
 
+    python tests/mutants.py [NAME ...]        # all, or some: hours on one core; prints what survived
+
 The old text stands once in its file; "train losses" are tests/test_train.py and test_losses.py, of
 which one must fail. What has no effect that a test could see is left out, with its reason:
 - train.py, MAY_CHANGE: "device", "compile", "checkpointing": results are the same in all of them.
@@ -11,6 +13,13 @@ which one must fail. What has no effect that a test could see is left out, with 
 - recipes and eval, --device, and eval's --batch_size: results are the same but for rounding.
 - eval.py, the seconds that CLAP hears of a crop: the crop has no more, and CLAP takes 10 at most.
 """
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 MUTANTS = [
     # ---- data.py
     ("caption order ignores the seed", "data.py", "default_rng((seed, 0, epoch))", "default_rng((0, 0, epoch))", "data"),
@@ -274,3 +283,25 @@ MUTANTS = [
     ("unseen pairs are trained on", "tiny/world.py", "p not in UNSEEN and p[::-1] not in UNSEEN", "p not in UNSEEN", "tiny"),
     ("then is while", "tiny/world.py", "start = int(i * N / 2) if ordered else 0", "start = 0", "tiny"),
 ]
+
+
+def survives(mutant, copy):
+    """Whether the tests named for a mutant all pass in a broken copy of the project."""
+    name, file, old, new, tests = mutant
+    root = Path(__file__).resolve().parent.parent
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out*", "__pycache__"))
+    text = (copy / file).read_text()
+    assert text.count(old) == 1, f"{name}: its text stands {text.count(old)} times in {file}"
+    (copy / file).write_text(text.replace(old, new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return all(subprocess.run([*command, f"tests/test_{test}.py"], cwd=copy, stdout=subprocess.DEVNULL,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
+               for test in tests.split())
+
+
+if __name__ == "__main__":
+    for mutant in MUTANTS:
+        if mutant[0] in (sys.argv[1:] or [mutant[0]]):
+            with tempfile.TemporaryDirectory() as folder:
+                alive = survives(mutant, Path(folder) / "copy")
+            print("SURVIVED  " if alive else "noticed   ", mutant[0], flush=True)

@@ -123,6 +123,12 @@ def test_the_seed_and_the_number_choose_the_noise(student, tmp_path):
     assert np.abs(wav - system("rain")[0]).max() > 1e-3
 
 
+@pytest.mark.parametrize("precision, allowed", [("auto", True), ("fp32", False)])
+def test_fp32_is_not_tf32(student, tmp_path, tf32, precision, allowed):
+    go("--student", student, "--prompt", "rain", "--precision", precision, "--out", tmp_path)
+    assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
+
+
 def test_a_name_for_every_clip():
     names = sample.file_names(["a b", "A  b?", "犬が吠える", "!!", "x" * 300, "a-b-2"], 1, 0)
     assert list(names.values()) == [
