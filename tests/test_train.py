@@ -139,6 +139,7 @@ def test_the_second_step_compares_the_teacher_with_what_the_adapters_learned(
 
 EFFECTS = [                 # flag, another value, what of the first line of metrics it changes
     ("parameterization", "direct", LOSSES),
+    ("student_t", 625, LOSSES),
     ("guidance", 3, {"vsd", "grad_student"}),
     ("lora_guidance", 1.5, {"vsd", "grad_student"}),
     ("weighting", "dmd", {"vsd", "grad_student"}),
