@@ -354,9 +354,13 @@ def test_accumulation_and_two_processes_equal_the_large_batch(plain, captions, t
     same_up_to_rounding(expected, result(two), large, two)
 
 
-def test_activation_checkpointing_changes_nothing(plain, captions, tmp_path):
+def test_activation_checkpointing_changes_nothing(plain, captions, tmp_path, monkeypatch):
+    enable, enabled = UNet2DConditionModel.enable_gradient_checkpointing, []
+    monkeypatch.setattr(UNet2DConditionModel, "enable_gradient_checkpointing",
+                        lambda unet: enabled.append(enable(unet)))
     same(go(plain, captions, tmp_path / "a", "--checkpointing", "--lora_targets", "all"),
          go(plain, captions, tmp_path / "b", "--lora_targets", "all"), rtol=1e-4, atol=1e-5)
+    assert len(enabled) == 2                                # of one run, both networks'
 
 
 @pytest.mark.slow
