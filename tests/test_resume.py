@@ -206,7 +206,9 @@ def test_a_non_finite_first_step_leaves_no_checkpoint(plain, captions, tmp_path)
 def test_another_run_is_not_mixed_in(plain, captions, copied, one_step_run):
     out = copied(one_step_run)
     for flags, says in ((["--lora_rank", 8], "holds a run with --lora_rank 4, this one has 8"),
-                        (["--seed", 1], "--seed 0"), (["--tv", "l2"], "--tv l1"),
+                        (["--seed", 1], "--seed 0"), (["--guidance", 3], "--guidance 2"),
+                        (["--t_min", 30], "--t_min 20"), (["--beta1", 0.8], "--beta1 0.9"),
+                        (["--ema", 0.5], "--ema 0.0"), (["--tv", "l2"], "--tv l1"),
                         (["--max_captions", 3], "holds a run with captions. text"),
                         (["--decay"], "--decay False, this one has True")):
         with pytest.raises(InputError, match=says):
