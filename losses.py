@@ -9,33 +9,22 @@ indexed by t. Every loss is (B,), the mean over a sample's elements; train.py av
 import torch
 
 
-def check(name, known):
-    """ValueError where a name is none of those that are known."""
-    if name not in known:
-        raise ValueError(f"{name!r} is none of {known}")
-
-
 def at(values, t):
     """Pick the schedule's values for timesteps t (B,), shaped to multiply latents."""
     return values[t].view(-1, 1, 1, 1)                                      # (B, 1, 1, 1)
 
 
-def one_step(eps, z_T, text, alpha, sigma, parameterization="eps", t=None):
+def one_step(eps, z_T, text, alpha, sigma, t=None):
     """Eq. 1, the student's clip in one pass: x0 = (z_T - sigma_T eps(z_T, T, text)) / alpha_T.
 
     alpha_T is 0.068 for Auffusion, so an error of eps is 14.6 times as large in x0.
-    parameterization "direct" takes the output for x0 itself, the ablation of Table IV.
     t below T takes the step from x_t = sigma_t z_T instead, a clip of zeros noised to t, as
     SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.7 times as large.
     """
-    check(parameterization, ("eps", "direct"))
     T = len(alpha) - 1
     x_t = z_T if t in (None, T) else sigma[t] * z_T
     t = torch.full((len(z_T),), T if t is None else t, device=z_T.device)
-    out = eps(x_t, t, text)
-    if parameterization == "direct":
-        return out
-    return (x_t - at(sigma, t) * out) / at(alpha, t)
+    return (x_t - at(sigma, t) * eps(x_t, t, text)) / at(alpha, t)
 
 
 def diffuse(x0, t, eps, alpha, sigma):
@@ -60,24 +49,16 @@ def guided(eps, null, scale):
     return guided_eps
 
 
-def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma, weighting="sigma2"):
+def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
     """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
 
-    teacher, fake: denoisers, guidance included; neither gets a gradient. weighting "sigma2" is
-    the paper's w = sigma_t^2. "dmd" is w = 1 / mean |eps_teacher - eps|, how DMD2's public code
-    normalises, written for eps; eq. 7 and 8 of DMD (arXiv 2311.18828) have another alpha_t.
+    teacher, fake: denoisers, guidance included; neither gets a gradient. w = sigma_t^2.
     The value, 0.5 mean (w (eps_teacher - eps_fake))^2, says how far apart the two are. It need
     not fall while the student learns.
     """
-    check(weighting, ("sigma2", "dmd"))
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
-        eps_teacher = teacher(x_t, t, text)
-        if weighting == "sigma2":
-            w = at(sigma, t) ** 2
-        else:
-            w = 1 / (eps_teacher - eps).abs().mean((1, 2, 3), keepdim=True)
-        target = x0 - w * (eps_teacher - fake(x_t, t, text))
+        target = x0 - at(sigma, t) ** 2 * (teacher(x_t, t, text) - fake(x_t, t, text))
     return 0.5 * (x0 - target).square().mean((1, 2, 3))
 
 
@@ -86,11 +67,8 @@ def tv_loss(x0, kind="l1"):
 
     Eq. 7 adds it to eq. 3 with weight lambda, which is --tv_weight in train.py.
     """
-    check(kind, ("l1", "l2", "none"))
     d = x0[..., 1:] - x0[..., :-1]
-    if kind == "none":
-        return torch.zeros_like(d[:, 0, 0, 0])
-    return (d.abs() if kind == "l1" else d.square()).mean((1, 2, 3))
+    return {"l1": d.abs(), "l2": d.square()}[kind].mean((1, 2, 3))
 
 
 def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
@@ -100,7 +78,6 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     (arXiv 2202.00512). That is alike in size at every t; alpha_t^2 all but leaves out the high
     t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """
-    check(weighting, ("alpha2", "v"))
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
-    w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
+    w = {"alpha2": at(alpha, t), "v": 1 / at(alpha, t)}[weighting]
     return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
@@ -47,13 +47,11 @@ def add_run(add):
     """Add what every training script has: what to distil, optimization, machine and output."""
     add("--teacher", default=AUFFUSION, help='hub name, folder, or "tiny"')
     add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
-    add("--preset", choices=("teacher", "paper"), default="teacher", help="whose defaults to use")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--max_captions", type=count, help="use only the first so many")
     add("--out_dir", default="out", help="folder for everything that is written")
     add("--seed", type=number(int), default=0, help="of all that is drawn at random")
-    add("--parameterization", choices=("eps", "direct"), default="eps", help="direct: x0 itself")
     add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
     # rates and batch are the paper's (section IV-A), betas and weight decay AdamW's own
@@ -82,9 +80,8 @@ def add_run(add):
 def add_vsd(add):
     """Add the method's own flags: the paper's values; t, targets and drop are SwiftBrush's."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
-    add("--weighting", choices=("sigma2", "dmd"), default="sigma2", help="w(t) of eq. 3")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
-    add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
+    add("--tv", choices=("l1", "l2"), default="l1", help="total variation, eq. 6")
     add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=count, default=64, help="rank r of the LoRA teacher")
     add("--lora_alpha", type=positive, default=128, help="its scale is alpha / r")
@@ -96,8 +93,8 @@ def add_vsd(add):
 
 
 # What a run that starts from a student takes over from the run that made it, unless given.
-KEPT = ("captions caption_column max_captions guidance lora_guidance weighting lora_weighting tv "
-        "tv_weight lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
+KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
+        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
 
 
 def words(p, values, path):
@@ -118,22 +115,17 @@ def parse_run(p, argv):
     if args.init:
         folder, _, about = model.open_student(args.init)
         kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
-        if kept.get("lora_guidance") == kept.get("guidance"):
-            kept.pop("lora_guidance", None)             # "same as --guidance", which may be given
         if args.captions:
             kept.update(caption_column=None, max_captions=None)
         kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
-        kept.update(parameterization=about["parameterization"])
         init = words(p, kept, folder)
         args = p.parse_args([*init, *argv])
     home = model.find(args.teacher, model.SETTINGS)
     own = dict(read_settings(home).get("train", {}))
+    if p.prog != "train.py":                            # a recipe has not all of its flags
+        own = {k: own[k] for k in own if k in args}
     if "captions" in own:
         own["captions"] = str(home / own["captions"])
-    if args.preset == "paper":
-        own = {k: own[k] for k in own if k == "captions"}
-    elif p.prog != "train.py":                          # a recipe has not all of its flags
-        own = {k: own[k] for k in own if k in args}
     args = p.parse_args([*words(p, own, home / "swiftaudio.json"), *init, *argv])
     require(args.captions, "--captions FILE is needed")
     args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
@@ -148,8 +140,6 @@ def parse_args(argv=None):
     add_vsd(p.add_argument)
     args = parse_run(p, argv)
     require(args.t_min < args.t_max, f"--t_min {args.t_min} must be below --t_max {args.t_max}")
-    if args.lora_guidance is None:
-        args.lora_guidance = args.guidance
     return args
 
 
@@ -161,9 +151,15 @@ def learning_rate(step, args):
     return warm * (1 - step / args.max_steps if args.decay else 1)
 
 
+def adamw(args, weights, lr):
+    """AdamW of these weights, as the flags say."""
+    return torch.optim.AdamW(weights, lr, betas=(args.beta1, args.beta2),
+                             weight_decay=args.weight_decay, fused=weights[0].is_cuda)
+
+
 def start(args):
     """Start the processes and load all that a training script needs: a namespace of it."""
-    run = SimpleNamespace(out=Path(args.out_dir), first_step=0, lines=[])
+    run = SimpleNamespace(args=args, out=Path(args.out_dir), first_step=0, lines=[])
     run.rank, run.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run.say = tqdm.write if run.rank == 0 else lambda line: None
     run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
@@ -173,7 +169,6 @@ def start(args):
         args.precision = "bf16" if device.type == "cuda" and model.has_bf16(device) else "fp32"
     bf16 = args.precision == "bf16"
     run.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    run.step_size = args.batch_size * args.grad_accum * run.ranks
     run.captions, n = data.read_captions(args.captions, args.caption_column, args.max_captions)
     run.say(f"{args.captions}: {n['rows']} rows, {len(run.captions)} captions used, "
             f"{n['duplicates']} duplicates and {n['empty']} empty ones left out")
@@ -187,51 +182,59 @@ def start(args):
     require(fits, f"--t_max or --student_t is above {run.T}, the last timestep of {folder}")
     if unread := run.encode_text.unread(run.captions):
         run.say(f"warning: {len(unread)} captions are not read whole, {list(unread.values())[0]}")
-    run.home, part, about = folder, "unet", {}
-    if args.init:
-        run.home, part, about = model.open_student(args.init)
-    run.student = load_unet(run.home, part, fits=folder).to(device)
+    run.home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
+    run.student = load_unet(run.home, part, fits=folder).to(device).requires_grad_(True)
     unet = load_unet(folder).to(device)
 
-    run.config = dict(vars(args))
-    run.config["captions a step"] = run.step_size
-    run.config["teacher's weights"] = is_of = fingerprint(unet)
-    run.config["text encoder's weights"] = fingerprint(run.encode_text)
-    run.config["first student's weights"] = fingerprint(run.student)
-    run.config["alpha_T"] = float(run.alpha[-1])
-    text = "\n".join(run.captions).encode()
-    run.config["captions' text"] = hashlib.sha256(text).hexdigest()[:16]
+    is_of = fingerprint(unet)
     same = about.get("flags", {}).get("teacher's weights", is_of) == is_of
     require(same, f"--init {args.init}: is not a student of --teacher {args.teacher}")
+    run.config = {**vars(args), "teacher's weights": is_of, "alpha_T": float(run.alpha[-1]),
+                  "text encoder's weights": fingerprint(run.encode_text),
+                  "first student's weights": fingerprint(run.student),
+                  "captions' text": digest("\n".join(run.captions).encode()),
+                  "captions a step": args.batch_size * args.grad_accum * run.ranks}
     run.unet = unet.to(torch.bfloat16 if bf16 else torch.float32)
     return run
+
+
+def digest(content):
+    """Sixteen hexadecimal digits that tell bytes from others."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fingerprint(network):
     """Hash a sample of each of a network's weights: what it is, whatever file it came from."""
     sample = [w.detach().flatten()[::max(1, w.numel() // 64)] for w in network.parameters()]
-    values = torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy()
-    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
+    return digest(torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy().tobytes())
 
 
 # Flags that may differ on resume; changing any other makes it a different run. Of teacher, first
 # student and captions, what they are is compared; of a batch, its size.
 MAY_CHANGE = set(
     "max_steps save_every keep_every log_every out_dir device compile checkpointing captions "
-    "caption_column max_captions teacher init preset batch_size grad_accum cache "
+    "caption_column max_captions teacher init batch_size grad_accum cache "
     "lr lora_lr d_lr precision".split())                # to get past a step that was not finite
 
 
 def resume(run, weights, opts, instead="choose another --out_dir"):
     """Go on from this run's checkpoint, if there is one: weights {name: [w]}, opts {name: opt}.
 
-    Sets run.first_step and run.lines. InputError, naming the flag, for another run's; instead:
-    the advice that ends it.
+    Sets run.first_step and run.lines. InputError, naming the flag, for another run's, and where
+    the disk has no room for ours; instead: the advice that ends it.
     """
     out, path, ours = run.out, run.out / "checkpoint.pt", run.config
+    run.weights, run.opts = weights, opts
     if run.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lock(out, instead)
+        run.lock = FileLock(out / "run.lock", timeout=0, is_singleton=True)
+        try:                                            # held until `run` is gone
+            run.lock.acquire()
+        except Timeout:
+            raise InputError(f"{out}: another process trains there (start several with torchrun); "
+                             f"{instead}")
+        except NotImplementedError:                     # a cluster's file system without locks
+            pass
     if path.exists():
         try:                                            # torch maps no name that is not UTF-8
             found = torch.load(path, map_location="cpu", weights_only=True,
@@ -239,8 +242,6 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
             theirs = found["config"]
         except Exception as e:
             raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or {instead}")
-        require("captions a step" in theirs, f"{path}: is of an earlier version of this code; "
-                f"{instead} (train.py's --init goes on from a student)")
         fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
         for name in ["recipe", "teacher's weights", *sorted(fixed)]:
             flag = name if " " in name else f"--{name}"
@@ -267,52 +268,43 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
             f"{copies} x {size / 1e9:.1f} GB")
 
 
-HELD = set()
-
-
-def lock(folder, instead):
-    """Hold a folder until this process ends; InputError where another one holds it."""
-    try:
-        import fcntl
-        if (inode := os.stat(folder).st_ino) not in HELD:
-            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            HELD.add(inode)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process trains there (start several with torchrun); "
-                         f"{instead}")
-    except (ImportError, OSError):                      # Windows has no such locks, nor has NFS
-        pass
-
-
-def prepare(run, args, nets):
+def prepare(run, nets):
     """{name: network} as the loop calls them: recomputing, compiled, averaging over processes."""
     for net in nets.values():
-        if args.checkpointing:
+        if run.args.checkpointing:
             net.enable_gradient_checkpointing()
-    if args.compile:
+    if run.args.compile:
         nets = {name: torch.compile(net) for name, net in nets.items()}
     if run.ranks > 1:
         nets = {name: DDP(net, gradient_as_bucket_view=True) for name, net in nets.items()}
     return nets
 
 
-def save_run(run, step, weights, opts, log):
-    """Write checkpoint.pt and student/, each file whole."""
+def average(weights, ema, step):
+    """Move the average that is saved towards the student; it is shorter in the first steps."""
+    if ema:
+        rate = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
+
+
+def save_run(run, step, log):
+    """Write checkpoint.pt, student/ and, where there are adapters, lora/: each file whole."""
     replace_file(run.out / "checkpoint.pt", lambda path: torch.save({
         "step": step, "config": run.config, "lines": log.lines,
-        "weights": {name: [w.detach() for w in tensors] for name, tensors in weights.items()},
-        "opts": {name: opt.state_dict() for name, opt in opts.items()}}, path))
-    save_student(run, run.out / "student", step, weights)
+        "weights": {name: [w.detach() for w in tensors] for name, tensors in run.weights.items()},
+        "opts": {name: opt.state_dict() for name, opt in run.opts.items()}}, path))
+    save_student(run, run.out / "student", step)
+    if "lora" in run.weights:
+        save_lora(run.unet, run.out / "lora", run.args.lora_rank, run.args.lora_alpha)
 
 
-def save_student(run, folder, step, weights):
+def save_student(run, folder, step):
     """Write the student, or its average, as sample.py and diffusers read it."""
     names, flags = [name for name, _ in run.student.named_parameters()], run.config
-    kept = [w.detach().contiguous() for w in weights["ema"] or weights["student"]]
-    about = {key: flags[key] for key in ("teacher", "parameterization")}
-    about.update(timestep=flags["student_t"] or run.T, step=step, flags=flags)
-    about["seconds"] = read_settings(run.folder).get("seconds", 10.24)
-    about["command"] = f"python {shlex.join(sys.argv)}"
+    kept = [w.detach().contiguous() for w in run.weights["ema"] or run.weights["student"]]
+    about = {"teacher": flags["teacher"], "timestep": flags["student_t"] or run.T, "step": step,
+             "seconds": read_settings(run.folder).get("seconds", 10.24), "flags": flags,
+             "command": f"python {shlex.join(sys.argv)}"}
     folder.mkdir(exist_ok=True)
     replace_file(folder / "diffusion_pytorch_model.safetensors",
                  lambda path: save_file(dict(zip(names, kept)), path, {"format": "pt"}))
@@ -320,23 +312,42 @@ def save_student(run, folder, step, weights):
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
 
 
-def stop_signals(run):
-    """Catch SIGTERM and Ctrl-C in a tensor of their number; a second Ctrl-C ends it at once.
+def steps_left(run, log, name):
+    """A progress bar over the steps that are left. From here on a signal waits for a step's end.
 
-    SIGTERM may come twice, from a scheduler and from torchrun.
+    SIGTERM may come twice, from a scheduler and from torchrun; a second Ctrl-C ends it at once.
     """
+    if run.first_step >= run.args.max_steps and run.rank == 0:  # perhaps killed between two files
+        save_run(run, run.first_step, log)
     caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
     for n in (signal.SIGTERM, ctrl_c):
         signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(ctrl_c, signal.SIG_DFL)))
-    return caught
+    run.caught = caught
+    return tqdm(range(run.first_step, run.args.max_steps), initial=run.first_step,
+                total=run.args.max_steps, desc=name, disable=run.rank > 0)
 
 
-def stopped(run, caught):
-    """The signal that any of the processes has caught, or 0: all get the same answer."""
-    found = caught.clone()                              # a signal may come while they compare
+def end_step(run, done, log, bar, *shown):
+    """Log and save what is due behind step `done`; shown: the values beside the progress bar.
+
+    Returns the exit code where a signal ends the run, else None.
+    """
+    args, signalled = run.args, run.caught.clone()      # another may come while they compare
     if run.ranks > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+        dist.all_reduce(signalled, dist.ReduceOp.MAX)
+    keep = args.keep_every and done % args.keep_every == 0
+    due = signalled or keep or done == args.max_steps or done % args.save_every == 0
+    if due or done % args.log_every == 0:               # at each save: a resumed log has no gap
+        line = log.write(done)
+        bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+    if due and run.rank == 0:
+        save_run(run, done, log)
+        if keep:
+            save_student(run, run.out / f"student-{done}", done)
+    log.time = time.time() if due else log.time         # saving is not training
+    if signalled:
+        run.say(f"stopped behind step {done}, which is saved; the same command goes on")
+        return 128 + int(signalled)
 
 
 class Log:
@@ -352,30 +363,26 @@ class Log:
         if run.rank == 0:                               # lines behind the checkpoint are dropped
             data.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def add(self, name, value, t=None):
-        """Add a loss (B,) or a number. t (B,): its means by quarter of the timesteps as well."""
+    def add(self, name, value):
+        """Add a loss (B,) or a number."""
         value = value.detach().reshape(-1)
-        rows = {name: (value.sum(), torch.ones_like(value).sum())}
-        if t is not None:
-            quarter = F.one_hot((t // 250).clamp(max=3), 4).to(value)   # (B, 4)
-            rows[f"{name}_by_t"] = ((value[:, None] * quarter).sum(0), quarter.sum(0))
-        for key, row in rows.items():
-            self.sums[key] = self.sums.get(key, 0) + torch.stack(row)   # sum, count
+        row = torch.stack([value.sum(), torch.ones_like(value).sum()])
+        self.sums[name] = self.sums.get(name, 0) + row              # sum, count
 
     def write(self, step):
         """Write the means since the last line, over all processes, and return them.
 
         InputError where one is not finite, a gradient's norm above all: call this before saving.
         """
-        line = {"step": step}
-        for name, sums in self.sums.items():
+        samples = (step - self.step) * self.run.config["captions a step"]
+        line = {"step": step, "samples_per_s": samples / (time.time() - self.time)}
+        for name, row in self.sums.items():
             if self.run.ranks > 1:
-                dist.all_reduce(sums)
-            line[name] = (sums[0] / sums[1].clamp(min=1)).tolist()
-            require(sums.isfinite().all(), f"steps {self.step + 1} to {step}: {name} is not "
+                dist.all_reduce(row)
+            line[name] = float(row[0] / row[1])
+            require(math.isfinite(line[name]), f"steps {self.step + 1} to {step}: {name} is not "
                     "finite, and nothing of these steps is saved. The same command goes on from "
                     "before them; give it smaller rates, or --precision fp32")
-        line["samples_per_s"] = (step - self.step) * self.run.step_size / (time.time() - self.time)
         self.sums, self.step, self.time = {}, step, time.time()
         self.lines.append(line)
         if self.run.rank == 0:
@@ -390,9 +397,10 @@ def main(argv=None):
     args = parse_args(argv)
     run = start(args)
     device, alpha, sigma, null = run.device, run.alpha, run.sigma, run.null
+    lora_guidance = args.guidance if args.lora_guidance is None else args.lora_guidance
 
     # ---- two networks: the student, and a frozen UNet with adapters --------------------------
-    student, unet = run.student.requires_grad_(True), run.unet
+    student, unet = run.student, run.unet
     torch.manual_seed(args.seed)
     adapters = inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
     if args.init and (run.home.parent / "lora").is_dir():       # the LoRA teacher goes on too
@@ -400,12 +408,10 @@ def main(argv=None):
             unet, load_file(path / "adapter_model.safetensors")))
     weights = {"student": list(student.parameters()), "lora": adapters}
     rates = {"student": args.lr, "lora": args.lora_lr}
-    opts = {name: torch.optim.AdamW(weights[name], rates[name], betas=(args.beta1, args.beta2),
-                                    weight_decay=args.weight_decay, fused=device.type == "cuda")
-            for name in rates}
+    opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     resume(run, weights, opts)
-    nets = prepare(run, args, {"student": student, "lora": unet})
+    nets = prepare(run, {"student": student, "lora": unet})
 
     # ---- three handles: adapters off, the frozen UNet is the teacher; on, the LoRA teacher -----
     student_eps, lora_eps = (denoiser(net, run.amp) for net in nets.values())
@@ -414,24 +420,14 @@ def main(argv=None):
         with lora_disabled(unet):
             return lora_eps(x, t, text)
 
-    millions = [sum(w.numel() for w in weights[name]) / 1e6 for name in rates]
     run.say(json.dumps(run.config))
     run.say(f"{args.batch_size} x {args.grad_accum} accumulated x {run.ranks} processes = "
-            f"{run.step_size} captions a step, latents {run.shape}, alpha_T {alpha[-1]:.6f}, "
-            f"sigma_T {sigma[-1]:.6f}, student {millions[0]:.1f} M, LoRA {millions[1]:.2f} M "
-            f"parameters, {device.type} {run.config['precision']}, from step {run.first_step}")
-
-    def save(step):
-        if run.rank == 0:
-            save_run(run, step, weights, opts, log)
-            save_lora(unet, run.out / "lora", args.lora_rank, args.lora_alpha)
+            f"{run.config['captions a step']} captions a step, latents {run.shape}, alpha_T "
+            f"{alpha[-1]:.6f}, {device.type} {args.precision}, from step {run.first_step}")
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
-    log, caught = Log(run), stop_signals(run)
-    if run.first_step >= args.max_steps:        # finished, but perhaps killed between two files
-        save(run.first_step)
-    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
-               desc="distil", disable=run.rank > 0)
+    log = Log(run)
+    bar = steps_left(run, log, "distil")
     for step in bar:
         for name, opt in opts.items():
             opt.param_groups[0]["lr"] = rates[name] * learning_rate(step, args)
@@ -447,10 +443,9 @@ def main(argv=None):
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: one pass from noise to x0, moved along the two teachers' difference.
-            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.parameterization,
-                          args.student_t)
+            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.student_t)
             vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, args.guidance),
-                           guided(lora_eps, null, args.lora_guidance), alpha, sigma, args.weighting)
+                           guided(lora_eps, null, lora_guidance), alpha, sigma)
             tv = tv_loss(x0, args.tv)
             ((vsd + args.tv_weight * tv).mean() / args.grad_accum).backward()
 
@@ -460,33 +455,18 @@ def main(argv=None):
                              args.lora_weighting)
             (lora.mean() / args.grad_accum).backward()
 
-            log.add("vsd", vsd, t)
+            log.add("vsd", vsd)
             log.add("tv", tv)
-            log.add("lora", lora, t_lora)
+            log.add("lora", lora)
             log.add("x0_std", x0.std((1, 2, 3)))
 
         for name, opt in opts.items():
             norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or math.inf)
             log.add(f"grad_{name}", norm)       # the run ends where it is not finite
             opt.step()
-        if args.ema:                            # the average is shorter in the first steps
-            rate = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
-
-        done, signalled = step + 1, stopped(run, caught)
-        keep = args.keep_every and done % args.keep_every == 0
-        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
-        if due or done % args.log_every == 0:   # at each save: a resumed log has no gap
-            line = log.write(done)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("vsd", "lora", "x0_std")})
-        if due:
-            save(done)
-            if keep and run.rank == 0:
-                save_student(run, run.out / f"student-{done}", done, weights)
-            log.time = time.time()              # saving is not training
-        if signalled:
-            run.say(f"stopped behind step {done}, which is saved; the same command goes on")
-            return 128 + signalled
+        average(weights, args.ema, step)
+        if code := end_step(run, step + 1, log, bar, "vsd", "lora", "x0_std"):
+            return code
 
     run.say(f"student: {run.out / 'student'}; hear it: python sample.py --student "
             f'{run.out / "student"} --prompt "..."')

@@ -8,7 +8,6 @@ The same command again resumes. Writes to --out_dir what train.py does, and clip
 """
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import train
 from data import Parser, caption_at, cli, draw_batch, number, require
@@ -89,26 +88,21 @@ def main(argv=None):
     # ---- what learns: the student and D --------------------------------------------------------
     torch.manual_seed(args.seed)
     D = Discriminator(load_unet(run.folder), args.d_frozen, run.amp).to(device)
-    weights = {"student": list(run.student.requires_grad_(True).parameters()),
+    weights = {"student": list(run.student.parameters()),
                "d": [w for w in D.parameters() if w.requires_grad]}
     rates = {"student": args.lr, "d": args.d_lr}
-    opts = {name: torch.optim.AdamW(weights[name], rates[name], betas=(args.beta1, args.beta2),
-                                    weight_decay=args.weight_decay, fused=device.type == "cuda")
-            for name in rates}
+    opts = {name: train.adamw(args, weights[name], rates[name]) for name in rates}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     train.resume(run, weights, opts)
-    nets = train.prepare(run, args, {"student": run.student})
+    nets = train.prepare(run, {"student": run.student})
     if args.checkpointing:
         D.unet.enable_gradient_checkpointing()
     nets["d"] = scores = train.DDP(D) if run.ranks > 1 else D   # goes back twice: not compiled
     eps, clips = denoiser(nets["student"], run.amp), teacher_clips(run, args)
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log, caught = train.Log(run), train.stop_signals(run)
-    if run.first_step >= args.max_steps and run.rank == 0:      # perhaps killed between two files
-        train.save_run(run, run.first_step, weights, opts, log)
-    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
-               desc="arc", disable=run.rank > 0)
+    log = train.Log(run)
+    bar = train.steps_left(run, log, "arc")
     for step in bar:
         for name, opt in opts.items():
             opt.param_groups[0]["lr"] = rates[name] * train.learning_rate(step, args)
@@ -127,7 +121,7 @@ def main(argv=None):
 
             # D scores both clips at one t and noise, and with ARC's 0.05 more (R1, R2). It prefers
             # the real clip to the fake (relativistic), the right caption to another (contrastive).
-            x0 = one_step(eps, z_T, text, alpha, sigma, args.parameterization, args.student_t)
+            x0 = one_step(eps, z_T, text, alpha, sigma, args.student_t)
             fake = x0.detach().requires_grad_()
             y_t, fake_t = (diffuse(clip, t, noises[0], alpha, sigma) for clip in (y, fake))
             made = scores(fake_t, t, text)
@@ -144,8 +138,8 @@ def main(argv=None):
             (d.mean() / args.grad_accum).backward(inputs=weights["d"])
             ((x0 * to_x0).flatten(1).sum(1).mean() / args.grad_accum).backward()
             log.add("arc", arc)
-            log.add("d", d, t)
-            log.add("d_right", (real > made).float().mean(1), t)
+            log.add("d", d)
+            log.add("d_right", (real > made).float().mean(1))
             log.add("x0_std", x0.std((1, 2, 3)))
 
         for name, opt in opts.items():
@@ -153,22 +147,9 @@ def main(argv=None):
             log.add(f"grad_{name}", norm)
             if name == "d" or step >= args.d_first:
                 opt.step()
-        if args.ema:
-            rate = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
-
-        done, signalled = step + 1, train.stopped(run, caught)
-        keep = args.keep_every and done % args.keep_every == 0
-        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
-        if due or done % args.log_every == 0:
-            line = log.write(done)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("arc", "d_right", "x0_std")})
-        if due and run.rank == 0:
-            train.save_run(run, done, weights, opts, log)
-        if keep and run.rank == 0:
-            train.save_student(run, run.out / f"student-{done}", done, weights)
-        if signalled:
-            return 128 + signalled
+        train.average(weights, args.ema, step)
+        if code := train.end_step(run, step + 1, log, bar, "arc", "d_right", "x0_std"):
+            return code
     run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
 
 

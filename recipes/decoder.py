@@ -6,7 +6,6 @@ Captions are enough here too: the student makes latents, the teacher's VAE decod
 diffusers AutoencoderTiny learns to make the same picture. The same command again resumes. Writes
 to decoder/ in the student's folder: what diffusers reads, checkpoint.pt and metrics.jsonl.
 """
-import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,8 +80,8 @@ def make_pairs(args, run, unet, vae):
         numbers = range(first, min(first + args.batch_size, args.clips))
         z_T = data.draw_batch(numbers, args.seed, shape, 0, 1, len(alpha) - 1)[0].to(run.device)
         text = encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
-        x0 = one_step(model.denoiser(unet), z_T, text, alpha, sigma,
-                      run.about["parameterization"], run.about.get("timestep")).half()
+        x0 = one_step(model.denoiser(unet), z_T, text, alpha, sigma, run.about.get("timestep"))
+        x0 = x0.half()
         # one clip at a time, as each takes gigabytes at full size; only one channel is heard
         images = [vae.decode(z[None].float() / vae.config.scaling_factor).sample[:, :1] for z in x0]
         pairs.append((x0.cpu(), torch.cat(images).half().cpu()))
@@ -118,9 +117,9 @@ def main(argv=None):
     # ---- one network, with train.py's checkpoint and log ---------------------------------------
     config = {**vars(args), "captions a step": args.batch_size,
               "student": train.fingerprint(unet), "starting decoder": train.fingerprint(network),
-              "captions' text": hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]}
-    run = SimpleNamespace(out=out, config=config, captions=captions, home=home, about=about, rank=0,
-                          ranks=1, device=device, first_step=0, lines=[], step_size=args.batch_size)
+              "captions' text": train.digest("\n".join(captions).encode())}
+    run = SimpleNamespace(args=args, out=out, config=config, captions=captions, home=home, rank=0,
+                          about=about, ranks=1, device=device, first_step=0, lines=[])
     decoder, scale = network.decoder.requires_grad_(True), network.config.scaling_factor
     weights = {"decoder": list(decoder.parameters())}
     opt = torch.optim.Adam(weights["decoder"], args.lr, betas=(0.9, 0.99))

@@ -9,7 +9,6 @@ The same command again resumes. Writes to --out_dir what train.py does, and clip
 import itertools
 
 import torch
-from tqdm import tqdm
 
 import train
 from data import Parser, caption_at, cli, number, require
@@ -54,20 +53,16 @@ def main(argv=None):
             "columns are not a multiple of it")
 
     # ---- what learns: the student --------------------------------------------------------------
-    weights = {"student": list(run.student.requires_grad_(True).parameters())}
-    opt = torch.optim.AdamW(weights["student"], args.lr, betas=(args.beta1, args.beta2),
-                            weight_decay=args.weight_decay, fused=device.type == "cuda")
+    weights = {"student": list(run.student.parameters())}
+    opt = train.adamw(args, weights["student"], args.lr)
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     train.resume(run, weights, {"student": opt})
-    net = train.prepare(run, args, {"student": run.student})["student"]
+    net = train.prepare(run, {"student": run.student})["student"]
     eps, clips = denoiser(net, run.amp), teacher_clips(run, args)
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log, caught = train.Log(run), train.stop_signals(run)
-    if run.first_step >= args.max_steps and run.rank == 0:      # perhaps killed between two files
-        train.save_run(run, run.first_step, weights, {"student": opt}, log)
-    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
-               desc="energy", disable=run.rank > 0)
+    log = train.Log(run)
+    bar = train.steps_left(run, log, "energy")
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
         opt.zero_grad()
@@ -82,7 +77,7 @@ def main(argv=None):
 
             # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
             x = one_step(eps, z_T.flatten(0, 1), text.repeat(args.samples, 1, 1), alpha, sigma,
-                         args.parameterization, args.student_t).unflatten(0, (args.samples, -1))
+                         args.student_t).unflatten(0, (args.samples, -1))
             energy = energy_loss(x, y, args.patch)
             (energy.mean() / args.grad_accum).backward()
             log.add("energy", energy)
@@ -91,22 +86,9 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
         log.add("grad_student", norm)
         opt.step()
-        if args.ema:
-            rate = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
-
-        done, signalled = step + 1, train.stopped(run, caught)
-        keep = args.keep_every and done % args.keep_every == 0
-        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
-        if due or done % args.log_every == 0:
-            line = log.write(done)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("energy", "x0_std")})
-        if due and run.rank == 0:
-            train.save_run(run, done, weights, {"student": opt}, log)
-        if keep and run.rank == 0:
-            train.save_student(run, run.out / f"student-{done}", done, weights)
-        if signalled:
-            return 128 + signalled
+        train.average(weights, args.ema, step)
+        if code := train.end_step(run, step + 1, log, bar, "energy", "x0_std"):
+            return code
     run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
 
 
