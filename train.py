@@ -81,7 +81,7 @@ def add_vsd(add):
     """Add the method's own flags: the paper's values; t, targets and drop are SwiftBrush's."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
-    add("--tv", choices=("l1", "l2"), default="l1", help="total variation, eq. 6")
+    add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
     add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7")
     add("--lora_rank", type=count, default=64, help="rank r of the LoRA teacher")
     add("--lora_alpha", type=positive, default=128, help="its scale is alpha / r")
@@ -93,8 +93,8 @@ def add_vsd(add):
 
 
 # What a run that starts from a student takes over from the run that made it, unless given.
-KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
-        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
+KEPT = ("captions caption_column guidance lora_guidance lora_weighting tv tv_weight lora_rank "
+        "lora_alpha lora_targets lora_drop t_min t_max").split()
 
 
 def words(p, values, path):
@@ -115,8 +115,6 @@ def parse_run(p, argv):
     if args.init:
         folder, _, about = model.open_student(args.init)
         kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
-        if args.captions:
-            kept.update(caption_column=None, max_captions=None)
         kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
         init = words(p, kept, folder)
         args = p.parse_args([*init, *argv])
@@ -282,7 +280,7 @@ def prepare(run, nets):
 
 def average(weights, ema, step):
     """Move the average that is saved towards the student; it is shorter in the first steps."""
-    if ema:
+    if weights["ema"]:
         rate = min(ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 

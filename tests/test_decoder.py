@@ -77,7 +77,7 @@ def test_2n_steps_are_n_a_resume_and_n(trained, student, tmp_path, monkeypatch):
 def test_a_run_is_that_of_its_flags_and_of_its_student(student, captions, monkeypatch):
     """Two steps by hand: which clips of which captions, from where, at which rate."""
     about = json.loads((student / "swiftaudio.json").read_text())
-    about |= {"parameterization": "direct", "timestep": 500}
+    about["timestep"] = 500
     about["flags"]["max_captions"] = 5
     (student / "swiftaudio.json").write_text(json.dumps(about))
     seen, loss = [], decoder.decoder_loss
@@ -95,7 +95,7 @@ def test_a_run_is_that_of_its_flags_and_of_its_student(student, captions, monkey
     with torch.no_grad():
         text = model.TextEncoder(home)([caption_at(texts, 3, n) for n in range(6)])
         x0 = one_step(model.denoiser(model.load_unet(student, "")), z_T, text, alpha, sigma,
-                      "direct", 500).half().float()
+                      500).half().float()
         images = vae.decode(x0 / vae.config.scaling_factor).sample[:, :1]
         rows = [caption_at(range(6), 3, n) for n in range(6)]
         first = network.decoder(x0[rows[:3]] / network.config.scaling_factor)
@@ -127,7 +127,7 @@ def test_it_learns_the_vae_s_picture(tmp_path):
 def test_the_tiny_world_scores_it_beside_the_vae(tmp_path, capsys):
     student = shutil.copytree(TINY / "unet", tmp_path / "out/student")
     (student / "swiftaudio.json").write_text(json.dumps(
-        {"teacher": "tiny", "parameterization": "eps", "step": 0}))
+        {"teacher": "tiny", "step": 0}))
     distil(student, "--captions", TINY.parent / "heldout.csv", "--clips", 4, "--max_steps", 2)
     score.main([str(student), "--clips", "4"])
     found = json.loads((tmp_path / "out/scores.json").read_text())

@@ -241,9 +241,9 @@ def test_a_run_from_a_student_is_at_its_t_and_of_its_own_seed(go, plain, caption
                                                               tmp_path):
     """The clips too, in as many steps as --clip_steps says."""
     cache = tmp_path / "clips.safetensors"
-    line, = go(recipe, "--seed", 3, "--clip_steps", 12, "--cache", cache, "--parameterization",
-               "direct", "--max_steps", 1, first=["--init", student])[2]
-    s = first_step(plain, captions, cache, load_unet(student, ""), 3, "direct", 625)
+    line, = go(recipe, "--seed", 3, "--clip_steps", 12, "--cache", cache, "--max_steps", 1,
+               first=["--init", student])[2]
+    s = first_step(plain, captions, cache, load_unet(student, ""), 3, 625)
     with torch.no_grad():
         if recipe is energy:
             more, _ = draw_more(range(4), 3, 2, s.shape)
@@ -376,7 +376,8 @@ def test_2n_steps_equal_n_resume_n(go, student, recipe, tmp_path, monkeypatch):
     whole = go(*flags, "--max_steps", 4, out=tmp_path / "whole", first=["--init", student])
     go(*flags, "--max_steps", 2, first=["--init", student])
     with monkeypatch.context() as patch:
-        patch.setattr(train, "stop_signals", lambda run: torch.tensor([15.0]))
+        end = train.end_step
+        patch.setattr(train, "end_step", lambda run, *a: run.caught.fill_(15) and end(run, *a))
         assert go(*flags, "--max_steps", 4, first=["--init", student])[0]["step"] == 3
         assert go.code == 143
     parts = go(*flags, "--max_steps", 4, first=["--init", student])
