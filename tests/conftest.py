@@ -39,8 +39,8 @@ VOCODER = dict(
     num_mels=64, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 7, 4],
     upsample_initial_channel=32, resblock="1", resblock_kernel_sizes=[3, 5],
     resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]])
-SMALL = dict(                                           # latents (4, 8, 8)
-    dim=24, unet=(16, 32, 32, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)
+SMALL = dict(   # latents (4, 8, 8); two levels hold all kinds of layers, in half the tensors
+    dim=24, unet=(16, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)
 
 
 def write_checkpoint(folder, layout="plain", **more):
@@ -133,8 +133,8 @@ def copied(tmp_path):
     return lambda out: shutil.copytree(out, tmp_path / "copied")
 
 
-# A fork of this process has the libraries, which a new one imports for 8 seconds. It has none of its
-# threads, though, and where there is an accelerator the backward pass needs some.
+# A fork of this process has the libraries, which a new one imports for 8 seconds. It has none of
+# the threads, though, and where there is an accelerator the backward pass needs some.
 FORK = hasattr(os, "fork") and not torch.accelerator.is_available()
 OURS = {path.stem for path in ROOT.iterdir()}
 

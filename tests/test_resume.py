@@ -124,7 +124,8 @@ def test_a_signal_ends_all_processes_behind_the_same_step(plain, captions, tmp_p
 def test_a_path_that_the_terminal_cannot_write(plain, captions, tmp_path, one_step_run,
                                                two_step_run):
     out = shutil.copytree(one_step_run, tmp_path / "č")
-    code, said = run("train.py", *flags_of(out, plain, captions), cwd=tmp_path, encoding="cp1252", new=True,
+    code, said = run("train.py", *flags_of(out, plain, captions), cwd=tmp_path, new=True,
+                     encoding="cp1252",
                      env={"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "cp1252"})
     assert code == 0, said
     same(result(out), result(two_step_run))
