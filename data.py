@@ -9,10 +9,8 @@ import contextlib
 import csv
 import functools
 import io
-import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -36,10 +34,10 @@ def require(fine, message):
 
 
 def cli(main):
-    """Run a command: what the user gave wrong, or the file system refuses, ends it in one line.
+    """Run a command: what is wrong with its input or the files ends it in one line, exit code 1.
 
-    main may return an exit code. torchrun's process group is destroyed here, once main() has freed
-    its networks: a DDP that is the last to hold it can deadlock (docs/LOG.md, 2026-11-21).
+    torchrun's process group is destroyed here, once main() has freed its networks: a DDP that is
+    the last to hold it can deadlock (docs/LOG.md, 2026-11-21). main may return an exit code.
     """
     for stream in sys.stdout, sys.stderr:               # a terminal may lack the prompt's letters
         stream.reconfigure(errors="replace")
@@ -81,7 +79,7 @@ def number(kind, low=0, high=math.inf):
     def parse(text):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            bounds = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
             finite = "" if math.isfinite(value) else " and finite"
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}{finite}")
         return value
@@ -103,16 +101,15 @@ def replace_file(path, save):
     temporary = Path(f"{path}.tmp")
     try:
         save(temporary)
-        os.chmod(temporary, 0o644)                      # safetensors leaves files private
-        os.replace(temporary, path)
+        temporary.chmod(0o644)                          # safetensors leaves files private
+        temporary.replace(path)
     except Exception as e:                              # each library has its own error
-        folder, full = Path(path).parent, ""
-        if folder.is_dir() and shutil.disk_usage(folder).free < 2**20:
-            full = "; the disk is full"
-        with contextlib.suppress(OSError):              # it may be another user's
-            temporary.unlink()
         reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{path}: not saved ({reason}){full}. What was there before is intact")
+        with contextlib.suppress(OSError):              # no such folder, or another user's file
+            if shutil.disk_usage(temporary.parent).free < 2**20:
+                reason = "the disk is full"
+            temporary.unlink()
+        raise InputError(f"{path}: not saved ({reason}). What was there before is intact")
 
 
 def replace_text(path, text):
@@ -135,11 +132,10 @@ def read_rows(path, column=None):
     kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
     require(path.is_file(), f"{path}: no such file; pass a {known} file")
     require(kind in known.replace(",", "").split(), f"{path}: unknown ending {kind!r}; use {known}")
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
-        line = content[:e.start].count(b"\n") + 1
+        line = e.object[:e.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
     if kind in (".csv", ".tsv"):
         return csv_rows(path, text, "\t" if kind == ".tsv" else ",")
@@ -148,21 +144,21 @@ def read_rows(path, column=None):
 
 def csv_rows(path, text, delimiter):
     """Decode a table with a header; InputError where cells or quotes do not add up."""
-    csv.field_size_limit(10 ** 9)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header, rows = [], []
+    rows = []
     try:
-        for cells in filter(None, table):
-            header = header or cells
-            others = [c for c in ";\t|," if len(header) == 1 and c in header[0]]
-            require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where "
-                                f"a {path.suffix} has {delimiter!r}; convert it")
-            require(len(cells) <= len(header), f"{path}: row {len(rows)} has {len(cells)} cells, "
-                    f"the header {len(header)}; put quotes around text that holds {delimiter!r}")
-            rows.append(dict(itertools.zip_longest(header, cells)))
+        for cells in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True):
+            rows += [cells] if cells else []
     except csv.Error as e:
         raise InputError(f"{path}: row {len(rows)}: a quote is opened and not closed ({e})")
-    return rows[1:]
+    names, *rows = rows or [[]]
+    others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
+    require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
+            f"{path.suffix} has {delimiter!r}; convert it")
+    require(len(set(names)) == len(names), f"{path}: two columns have one name in {names}")
+    for n, cells in enumerate(rows, 1):
+        require(len(cells) <= len(names), f"{path}: row {n} has {len(cells)} cells, the header "
+                f"{len(names)}; put quotes around text that holds {delimiter!r}")
+    return [dict(zip(names, cells + [None] * len(names))) for cells in rows]
 
 
 def json_rows(path, text, column):
@@ -170,43 +166,39 @@ def json_rows(path, text, column):
 
     A document is a list, an object of captions by id, or an object with such a list in it.
     """
+    values, at, text = [], 0, text.strip()
     try:
-        values = [json.loads(text)]
-    except json.JSONDecodeError as whole:
-        values = []
-        for n, line in enumerate(text.split("\n"), 1):
-            try:
-                values += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as e:
-                n, e = (n, e) if values else (whole.lineno, whole)
-                raise InputError(f"{path}: line {n} is not JSON ({e.msg})")
-
-    def captioned(row):
-        return isinstance(row, dict) and (column in row or bool(caption_columns(tuple(row))))
-
+        while at < len(text):
+            value, at = json.JSONDecoder().raw_decode(text, at)
+            values.append(value)
+            at = json.decoder.WHITESPACE.match(text, at).end()
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}: line {e.lineno} is not JSON ({e.msg})")
     whole = values[0] if len(values) == 1 else None
     if not isinstance(whole, dict) or path.suffix.lower() != ".json":
         return whole if isinstance(whole, list) else values
-    tables = {k: v for k, v in whole.items()
-              if isinstance(v, list) and any(isinstance(row, dict) for row in v)}
-    found = {k: v for k, v in tables.items() if any(map(captioned, v))}
-    if captioned(whole) and not found:
+
+    lists = [k for k, rows in whole.items() if isinstance(rows, list) and any(
+        isinstance(row, dict) and (column in row or caption_columns(row)) for row in rows)]
+    if not lists and (column in whole or caption_columns(whole)):
         return values                                   # one row
-    several = [*found] or [k for k in whole if k.lower() in SPLITS]
-    require(len(several) < 2, f"{path}: holds captions in each of {', '.join(several[:9])}; write "
-                              "the one to use to a file of its own")
-    if tables:
-        return next(iter((found or tables).values()))
-    by_id = ([v for v in whole.values() if isinstance(v, kind)] for kind in (list, dict, str))
-    return next(filter(None, by_id), [])
+    lists = lists or [k for k in whole if k.lower() in SPLITS]
+    require(len(lists) < 2, f"{path}: holds captions in each of {', '.join(lists[:9])}; write the "
+                            "one to use to a file of its own")
+    by_id = [whole[k] for k in lists or whole]
+    return flat([v for v in by_id if isinstance(v, (list, str))] or by_id)
 
 
-@functools.lru_cache
+def flat(values):
+    """The values, with the members of a list in its place."""
+    return [x for v in values for x in (v if isinstance(v, list) else [v])]
+
+
 def caption_columns(names):
     """Which of a row's keys hold captions: one of NAMES, or all of caption_1, caption_2, ..."""
-    numbered = [n for n in names if re.fullmatch(r"captions?_?\d+", str(n).lower())]
-    named = [n for name in NAMES for n in names if str(n).lower() == name]
-    return numbered or named[:1]
+    known = {str(name).lower(): name for name in names}
+    numbered = [name for key, name in known.items() if re.fullmatch(r"captions?_?\d+", key)]
+    return numbered or [known[key] for key in NAMES if key in known][:1]
 
 
 def read_captions(path, column=None, limit=None):
@@ -218,19 +210,17 @@ def read_captions(path, column=None, limit=None):
     rows, found = read_rows(path, column), []
     for n, row in enumerate(rows, 1):
         if isinstance(row, dict):
-            columns = [column] if column else caption_columns(tuple(row))
-            looked_for = repr(column) if column else "named like " + ", ".join(NAMES)
-            require(columns and columns[0] in row, f"{path}: row {n} has no column {looked_for}; "
-                    f"it has {', '.join(map(str, row))}; say which with --caption_column")
+            columns = [column] if column else caption_columns(row)
+            require(columns and columns[0] in row, f"{path}: row {n} has no column "
+                    f"{column or 'caption'!r}; it has {', '.join(map(str, row))}; say which with "
+                    "--caption_column")
             row = [row[name] for name in columns]
-        cells = row if isinstance(row, list) else [row]
-        cells = [c for cell in cells for c in (cell if isinstance(cell, list) else [cell])]
-        found += [" ".join(c.split()) if isinstance(c, str) else "" for c in cells]
-    captions = list(dict.fromkeys(filter(None, found)))
+        found += [" ".join(c.split()) if isinstance(c, str) else "" for c in flat(flat([row]))]
+    full = [caption for caption in found if caption]
+    captions = list(dict.fromkeys(full))
     require(captions, f"{path}: holds no caption ({len(rows)} rows read)")
-    empty = found.count("")
-    counts = {"rows": len(rows), "empty": empty, "duplicates": len(found) - empty - len(captions)}
-    return captions[:limit], counts
+    return captions[:limit], {"rows": len(rows), "empty": len(found) - len(full),
+                              "duplicates": len(full) - len(captions)}
 
 
 # ---- randomness ----------------------------------------------------------------------------------
@@ -247,26 +237,20 @@ def caption_at(captions, seed, n):
     return captions[order(len(captions), seed, epoch)[i]]
 
 
-def draw_sample(seed, n, shape, t_min, t_max, T):
-    """The random numbers of sample n of a run.
+def draw_batch(numbers, seed, shape, t_min, t_max, T):
+    """Draw the random numbers of samples of a run: a tensor (B, ...) of each.
 
-    Returns z_T, eps, eps_lora of `shape`; t uniform in [t_min, t_max) for eq. 3 (SwiftBrush's
-    range by default); t_lora uniform in [0, T] for eq. 8; u in [0, 1), which drops the caption.
+    z_T, eps, eps_lora of `shape`; t uniform in [t_min, t_max) for eq. 3 (SwiftBrush's range by
+    default); t_lora uniform in [0, T] for eq. 8; u in [0, 1), which drops the caption.
     """
-    rng = np.random.default_rng((seed, 1, n))
-    noises = rng.standard_normal((3, *shape), dtype=np.float32)
-    t, t_lora = rng.integers(t_min, t_max), rng.integers(0, T + 1)
-    return (*noises, t, t_lora, rng.random(1, dtype=np.float32)[0])
-
-
-def draw_batch(numbers, *args):
-    """draw_sample() for several samples, stacked into tensors."""
-    columns = zip(*(draw_sample(args[0], n, *args[1:]) for n in numbers))
-    return [torch.from_numpy(np.stack(column)) for column in columns]
+    generators = [np.random.default_rng((seed, 1, n)) for n in numbers]
+    rows = [(*rng.standard_normal((3, *shape), dtype=np.float32), rng.integers(t_min, t_max),
+             rng.integers(0, T + 1), rng.random(1, dtype=np.float32)[0]) for rng in generators]
+    return [torch.from_numpy(np.stack(column)) for column in zip(*rows)]
 
 
 def sampling_noise(numbers, seed, shape):
     """z_T (B, *shape) of clips with these numbers: one seed gives all prompts the same noise."""
-    rows = [np.random.default_rng((seed, 2, k)).standard_normal(shape, dtype=np.float32)
-            for k in numbers]
+    generators = [np.random.default_rng((seed, 2, k)) for k in numbers]
+    rows = [rng.standard_normal(shape, dtype=np.float32) for rng in generators]
     return torch.from_numpy(np.stack(rows))

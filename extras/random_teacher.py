@@ -56,7 +56,10 @@ def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, t
     torch.manual_seed(0)
     UNet2DConditionModel(
         sample_size=64, layers_per_block=layers, block_out_channels=unet, norm_num_groups=groups,
-        cross_attention_dim=dim, attention_head_dim=heads).save_pretrained(folder / "unet")
+        cross_attention_dim=dim, attention_head_dim=heads,
+        down_block_types=[*["CrossAttnDownBlock2D"] * (len(unet) - 1), "DownBlock2D"],
+        up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * (len(unet) - 1)],
+    ).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=vae, layers_per_block=layers, norm_num_groups=groups,
         scaling_factor=0.18215, down_block_types=("DownEncoderBlock2D",) * 4,

@@ -3,12 +3,16 @@ import contextlib
 import copy
 import functools
 import gc
+import multiprocessing
 import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"                     # the programs that test
 
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,8 +39,8 @@ VOCODER = dict(
     num_mels=64, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 7, 4],
     upsample_initial_channel=32, resblock="1", resblock_kernel_sizes=[3, 5],
     resblock_dilation_sizes=[[1, 3, 5], [1, 3, 5]])
-SMALL = dict(                                           # latents (4, 8, 8)
-    dim=24, unet=(16, 32, 32, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)
+SMALL = dict(   # latents (4, 8, 8); two levels hold all kinds of layers, in half the tensors
+    dim=24, unet=(16, 32), vae=(4, 8, 8, 8), vocoder=VOCODER, seconds=0.64)
 
 
 def write_checkpoint(folder, layout="plain", **more):
@@ -128,32 +133,117 @@ def copied(tmp_path):
     return lambda out: shutil.copytree(out, tmp_path / "copied")
 
 
-def options(script, *flags, ranks=0, root=ROOT, threads=1, env={}):
-    """What subprocess starts a command with, in `ranks` processes."""
+# A fork of this process has the libraries, which a new one imports for 8 seconds. It has none of
+# the threads, though, and where there is an accelerator the backward pass needs some.
+FORK = hasattr(os, "fork") and not torch.accelerator.is_available()
+OURS = {path.stem for path in ROOT.iterdir()}
+
+
+def become(script, flags, root, cwd, env, output):
+    """Be the command, in a fork of this process."""
+    for number in (1, 2):
+        os.dup2(output, number)
+    how = dict(mode="w", encoding=env.get("PYTHONIOENCODING", "utf-8"), closefd=False)
+    sys.stdout, sys.stderr = open(1, **how), open(2, errors="backslashreplace", **how)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.set_lock(threading.RLock())                    # its own is shared: a kill could leave it
+    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+        del sys.modules[name]                           # patched, or of another root
+    sys.path[:] = [str(root), *(path for path in sys.path if path != str(ROOT))]
+    sys.argv = [script, *flags]
+    os.environ.update(env)
+    os.chdir(cwd)
+    if script.endswith(".py"):
+        runpy.run_path(str(root / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+class Forks:
+    """A command in a fork, or in several as torchrun starts them, with the methods of Popen."""
+
+    def __init__(self, script, flags, ranks, root, cwd, env):
+        self.output, self.rows = tempfile.TemporaryFile(), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks or 1):
+            of_torchrun = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=ranks,
+                               RANK=rank, LOCAL_RANK=rank) if ranks else {}
+            env = {"TOKENIZERS_PARALLELISM": "false", **env, **of_torchrun}
+            self.rows.append(multiprocessing.get_context("fork").Process(target=become, args=(
+                script, flags, root, cwd, {k: str(v) for k, v in env.items()},
+                self.output.fileno())))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # that this process has threads
+            for row in self.rows:
+                row.start()
+
+    @property
+    def returncode(self):
+        """None while one runs, then the first that is not 0."""
+        codes = [row.exitcode for row in self.rows]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        """Tell one: all must end."""
+        self.rows[-1].terminate()
+
+    def kill(self):
+        for row in self.rows:
+            row.kill()
+
+    def communicate(self, timeout=None):
+        for row in self.rows:
+            row.join(timeout)
+        assert self.returncode is not None, "still running"
+        self.output.seek(0)
+        return self.output.read().decode("utf-8", "replace").replace("\r\n", "\n"), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+        self.communicate()
+
+
+def start(script, flags, cwd, ranks=0, root=ROOT, threads=1, env={}, new=False, **kw):
+    """Start a command, with torchrun in `ranks` processes; new: no forks, but as a user would."""
+    flags = [*map(str, flags)]
+    if FORK and not new and threads == 1:
+        return Forks(script, flags, ranks, root, cwd, env)
     words = [sys.executable]
     if ranks:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words += [str(root / script)] if script.endswith(".py") else ["-m", script]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads),
            "CUDA_VISIBLE_DEVICES": "", **env}
-    return dict(args=[*words, *map(str, flags)], env=env, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT)
+    return subprocess.Popen([*words, *flags], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, **kw)
 
 
-def run(script, *flags, cwd, ranks=0, root=ROOT, threads=1, env={}, **kw):
-    """Run a command as a user would, in `ranks` processes: (exit code, all it printed).
+def run(script, *flags, cwd, **kw):
+    """Run a command to its end: (exit code, all it printed). More options: of start().
 
     script: a file's name, or a module's. root: the folder that has it.
     """
-    done = subprocess.run(**options(script, *flags, ranks=ranks, root=root, threads=threads,
-                                    env=env), cwd=cwd, timeout=900, **kw)
-    return done.returncode, done.stdout
+    with start(script, flags, cwd, **kw) as process:
+        try:
+            said = process.communicate(timeout=900)[0]
+        finally:
+            process.kill()
+    return process.returncode, said
 
 
 @contextlib.contextmanager
 def started(path, script, *flags, cwd, **kw):
     """A command as it runs, from when there is something in the file `path`."""
-    with subprocess.Popen(**options(script, *flags, **kw), cwd=cwd) as process:
+    with start(script, flags, cwd, **kw) as process:
         try:
             until = time.time() + 120
             while not (path.exists() and path.stat().st_size):

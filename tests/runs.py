@@ -1,8 +1,11 @@
 """Short runs of train.py in this process, and what they leave."""
+import functools
+import io
 import json
+from collections.abc import Mapping
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import train
 from model import load_unet
@@ -24,15 +27,37 @@ def go(plain, captions, out, *flags):
 
 
 def read_checkpoint(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+    return load_checkpoint(out / "checkpoint.pt")
 
 
-def result(out):
-    """Everything a run leaves that must be reproducible: student, LoRA and the checkpoint."""
-    checkpoint = read_checkpoint(out)
-    return {"saved": load_file(out / "student/diffusion_pytorch_model.safetensors"),
-            "adapters": load_file(out / "lora/adapter_model.safetensors"),
-            **{k: checkpoint[k] for k in ("step", "weights", "opts")}}
+def load_checkpoint(file):
+    """As torch.load() reads it; train.py, which trusts no file, takes twice as long."""
+    return torch.load(file, weights_only=False)
+
+
+class result(Mapping):
+    """All that a run leaves and that must be reproducible, as it is now, read when looked at."""
+    files = ("student/diffusion_pytorch_model.safetensors", "lora/adapter_model.safetensors",
+             "checkpoint.pt")
+
+    def __init__(self, out):
+        self.contents = [(out / file).read_bytes() for file in self.files]
+
+    @functools.cached_property
+    def found(self):
+        student, adapters, checkpoint = self.contents
+        checkpoint = load_checkpoint(io.BytesIO(checkpoint))
+        return {"saved": load(student), "adapters": load(adapters),
+                **{k: checkpoint[k] for k in ("step", "weights", "opts")}}
+
+    def __getitem__(self, key):
+        return self.found[key]
+
+    def __iter__(self):
+        return iter(self.found)
+
+    def __len__(self):
+        return len(self.found)
 
 
 def metrics(out):

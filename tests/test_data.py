@@ -79,6 +79,8 @@ def test_columns_and_limit(tmp_path):
     ("list.json", '{"captions": [{"id": 1, "caption": "one"}]}', ["one"]),
     ("described.json", '{"description": "a set", "data": [{"caption": "one"}]}', ["one"]),
     ("version.json", '{"version": "1.0", "train": ["one", "two"]}', ["one", "two"]),
+    ("mixed.json", '{"Yx1": ["one", "two"], "Yx2": "three"}', ["one", "two", "three"]),
+    ("noted.json", '{"info": {"year": 1}, "sounds": ["one", "two"]}', ["one", "two"]),
     ("split.json", '{"val": [{"file": "a.wav"}], "train": [{"caption": "one"}]}', ["one"]),
 ])
 def test_oddities(tmp_path, name, content, expected):
@@ -100,12 +102,13 @@ def test_rows_of_other_tables(tmp_path):
     ("blank.txt", "\n \n", "no caption"),
     ("empty.json", "", "no caption"),
     ("numbers.json", "[1, 2]", "no caption"),
-    ("wrong.csv", "id,words\n1,rain\n", "row 1 has no column named like caption"),
+    ("wrong.csv", "id,words\n1,rain\n", "row 1 has no column 'caption'"),
     ("wrong.csv", "id,words\n1,rain\n", "it has id, words; say which with --caption_column"),
     ("odd.parquet", "x", ".parquet"),
     ("bad.json", "[1,\n2,", "line 2 is not JSON"),
     ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
+    ("words.json", '{"data": [{"id": 3, "words": "rain"}]}', "it has id, words; say which"),
     ("keys.jsonl", '{"a": "b"}\n', "row 1 has no column"),
     ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has no column"),
     ("comma.csv", "caption\nrain\n\nA dog barks, then a man speaks\n", "row 2 has 2 cells, the "
@@ -115,6 +118,7 @@ def test_rows_of_other_tables(tmp_path):
     ("open.csv", 'id,caption\n1,"two\nlines"\n2,"Go! she\n3,a dog\n', "row 2: a quote is opened"),
     ("next.csv", 'id,caption\n1,"Go! she\n2,"a dog"\n', "row 1: a quote is opened"),
     ("next.tsv", 'id\tcaption\n1\t"Go! she\n2\t"a" dog\n', "row 1: a quote is opened"),
+    ("twice.csv", "caption,caption\nrain,wind\n", "two columns have one name"),
     ("semi.csv", "youtube_id;caption\nabc;A dog, barking\n", "separated by ';', where a .csv"),
     ("pipe.csv", "youtube_id|caption\nabc|A dog barks\n", "separated by '|', where a .csv"),
     ("tab.csv", "youtube_id\tcaption\nabc\tA dog barks\n", r"separated by '\t', where a .csv"),

@@ -110,20 +110,22 @@ def test_ctrl_c_in_the_middle_of_a_step(plain, captions, tmp_path, monkeypatch, 
 def test_a_signal_ends_all_processes_behind_the_same_step(plain, captions, tmp_path):
     flags = [*flags_of(tmp_path, plain, captions), *LONG]
     with started(tmp_path / "metrics.jsonl", "train.py", *flags, cwd=tmp_path, ranks=2) as process:
-        process.terminate()                                 # torchrun, which tells the others
+        process.terminate()                                 # one of them
         said = process.communicate(timeout=60)[0]
+    assert process.returncode, said
     step = read_checkpoint(tmp_path)["step"]
     assert said.count(f"stopped behind step {step}, which is saved") == 1, said
     assert [line["step"] for line in metrics(tmp_path)] == [*range(1, step + 1)]
     about = json.loads((tmp_path / "student/swiftaudio.json").read_text())
-    assert about["step"] == step and "SIGKILL" not in said      # neither had to be
+    assert about["step"] == step
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locales")
 def test_a_path_that_the_terminal_cannot_write(plain, captions, tmp_path, one_step_run,
                                                two_step_run):
     out = shutil.copytree(one_step_run, tmp_path / "č")
-    code, said = run("train.py", *flags_of(out, plain, captions), cwd=tmp_path, encoding="cp1252",
+    code, said = run("train.py", *flags_of(out, plain, captions), cwd=tmp_path, new=True,
+                     encoding="cp1252",
                      env={"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "cp1252"})
     assert code == 0, said
     same(result(out), result(two_step_run))
