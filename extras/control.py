@@ -18,33 +18,19 @@ from data import Parser, cli, number, require
 from extras.audio import encode_audio, read_audio
 from model import RATE
 
-TOKEN = re.compile(r"\\([():\\])|:\s*(\d+\.?\d*|\.\d+)\s*\)|.", re.DOTALL)    # \: or :1.5) or any
+WEIGHTED = re.compile(r"\(([^()]*):\s*(\d+\.?\d*|\.\d+)\s*\)")    # (rain:1.5)
 
 
 def parse_weights(prompt, where="--prompt"):
-    r"""Split "a (loud dog:1.5) barks" into "a loud dog barks" and the weight of each character.
-
-    Brackets nest and multiply; one after a backslash is itself. InputError points at the broken.
-    """
-    def check(fine, i, why):
-        require(fine, f"{where}: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look "
-                r"like (rain:1.5), and plain brackets like \( and \)")
-
-    plain, weights, opened = "", [], []
-    for token in TOKEN.finditer(prompt):
-        c, i = token[1] or token[0], token.start()
-        if token[1] or not (c == "(" or c[-1] == ")" or opened and c == ":"):
-            plain, weights = plain + c, weights + [1.0]
-        elif c == "(":
-            opened.append((len(plain), i))
-        else:
-            check(opened, token.end() - 1, "a bracket that nothing opens")
-            check(token[2], i, "a bracket without its number")
-            start, _ = opened.pop()
-            weights[start:] = [w * float(token[2]) for w in weights[start:]]
-            check(max(weights, default=0) <= 100, i, "a weight above 100")  # fp16 ends at 65504
-    check(not opened, max((i for _, i in opened), default=0), "a bracket that nothing closes")
-    return plain, weights
+    """Split "a (loud dog:1.5) barks" into "a loud dog barks" and the weight of each character."""
+    parts = WEIGHTED.split(prompt)          # words, weighted words and their weight, words, ...
+    plain = not re.search("[()]", "".join(parts[::3]))
+    require(plain and all(float(weight) <= 100 for weight in parts[2::3]),  # fp16 ends at 65504
+            f"{where}: {prompt!r}: weights look like (rain:1.5), at most 100; no other brackets")
+    weights = [1.0] * len(parts[0])
+    for words, weight, after in zip(parts[1::3], parts[2::3], parts[3::3]):
+        weights += [float(weight)] * len(words) + [1.0] * len(after)
+    return WEIGHTED.sub(r"\1", prompt), weights
 
 
 def token_weights(system, prompts, weights):
@@ -117,7 +103,7 @@ def main(argv=None):
     p = Parser(__doc__)
     sample.add_clips(p.add_argument)
     p.add_argument("--init", metavar="WAV", help="edit this recording: start from its noise")
-    p.add_argument("--init_prompt", help="what --init sounds like")
+    p.add_argument("--init_prompt", default="", help="what --init sounds like")
     p.add_argument("--strength", type=number(float, 0, 1), default=0.2, help="1: ignore --init")
     args = p.parse_args(argv)
     require(args.init or not args.init_prompt, "--init_prompt goes with --init")
@@ -126,11 +112,10 @@ def main(argv=None):
     require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
 
     def opened():
-        heard = [*words.values(), args.init_prompt or ""]
-        system = sample.open_system(args, args.seconds, heard)
+        system = sample.open_system(args, args.seconds, [*words.values(), args.init_prompt])
         about, noise = system.about, system.noise
         if args.init:
-            start, left = invert_recording(args.init, args.init_prompt or "", system, args.seed)
+            start, left = invert_recording(args.init, args.init_prompt, system, args.seed)
             print(f"{args.init}: noise that makes all but {left:.0%} of its latents' variance")
             a, b = math.sqrt(1 - args.strength ** 2), args.strength     # unit variance again
             noise = lambda numbers, seed: a * start + b * system.noise(numbers, seed)

@@ -1,8 +1,7 @@
 """The metrics of the paper's section IV and the networks behind them.
 
-FD, KL and IS are taken on PANNs CNN14, FAD on VGGish. The paper's text has the two networks the
-other way round; its numbers, and the public evaluation code, have them as here. A small classifier
-of the tiny world takes CNN14's place there.
+FD, KL and IS are taken on PANNs CNN14, in the tiny world on a small classifier, FAD on VGGish. The
+paper's text swaps the two networks; its numbers, and the public evaluation code, have them so.
 """
 import hashlib
 from pathlib import Path
@@ -12,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import ClapModel, ClapProcessor
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError
+from data import InputError, require
 from extras.audio import read_audio
 from model import RATE, TINY, cause
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
-TINY_FILE = TINY.parent / "classifier.safetensors"
+CLASSIFIER = TINY.parent / "classifier.safetensors"
 EPS = 1e-6                              # added to the generated clip's probabilities in KL
 
 
@@ -102,32 +100,27 @@ class VGGish(nn.Module):
 
 
 def load_network(kind, folder, download=False):
-    """Load Cnn14 or VGGish from its published file: (network in eval mode, sha256 of the file)."""
-    path = Path(folder) / kind.file
-    if not path.exists():
-        if not download:
-            raise InputError(f"{path}: missing; get {kind.url}, pass --download or --features tiny")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(kind.url, path, progress=True)
-        except OSError as e:
-            raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
-    network = kind()
+    """Load Cnn14 or VGGish from its published file, in eval mode."""
+    path, network = Path(folder) / kind.file, kind()
     try:
-        with torch.serialization.safe_globals(numpy_globals()):
+        if download and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(kind.url, path)
+    except OSError as e:
+        raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
+    require(path.exists(), f"{path}: missing; get {kind.url} or pass --download")
+    # PANNs' file holds counters of numpy 1, which a pickle names in either of two ways
+    core = getattr(np, "_core", None) or np.core
+    plain = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
+             for f in (core.multiarray.scalar, core.multiarray._reconstruct)]
+    plain += [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd")]
+    try:
+        with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state.get("model", state))
     except Exception as e:                              # torch.load fails in many ways
         raise InputError(f"{path}: not the published file, or damaged; get it anew ({cause(e)})")
-    return network.float().eval(), sha256(path)
-
-
-def numpy_globals():
-    """What a pickle of plain numpy values names: PANNs' file holds counters of numpy 1."""
-    core = getattr(np, "_core", None) or np.core
-    named = core.multiarray.scalar, core.multiarray._reconstruct
-    named = [(f, f"numpy.{x}.multiarray.{f.__name__}") for x in ("core", "_core") for f in named]
-    return [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd"), *named]
+    return network.float().eval()
 
 
 def sha256(*paths):
@@ -172,7 +165,7 @@ class Classifier(nn.Module):
 
 def load_classifier():
     """Load the classifier that is shipped with the tiny world, in eval mode."""
-    state = load_file(TINY_FILE)
+    state = load_file(CLASSIFIER)
     net = Classifier(len(state["head.weight"]))
     net.load_state_dict(state)
     return net.float().eval()
@@ -259,31 +252,13 @@ def pair(generated, reference, prompts=None):
 
     prompts: {file name: text}; only these count. InputError where a file has no recording.
     """
-    real, made = recordings(reference), recordings(generated).values()
-    made = {p.name: p for p in made if prompts is None or p.name in prompts}
-    if not made or not real:
-        raise InputError(f"{reference if made else generated}: holds no sound file")
-    if alone := [name for name, p in made.items() if p.stem not in real]:
-        raise InputError(f"{generated}: {len(alone)} of {len(made)} files have no partner in "
-                         f"{reference}, {alone[0]} for one")
+    real, made = recordings(reference), recordings(generated)
+    for folder, files in ((generated, made), (reference, real)):
+        require(files, f"{folder}: holds no sound file")
+    made = {p.name: p for p in made.values() if prompts is None or p.name in prompts}
+    alone = [name for name, p in made.items() if p.stem not in real]
+    require(made and not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner "
+            f"in {reference}, {alone[:1]} for one")
     if left := len(real) - len(made):
         print(f"{left} of {len(real)} files of {reference} have no generated clip and are left out")
     return {name: (p, real[p.stem]) for name, p in made.items()}
-
-
-@torch.no_grad()
-def score_folders(generated, reference, hear, seconds, clap=None, prompts=None):
-    """Score a folder against another by file name: (names, {"N", "FD", ..., "CLAP"}).
-
-    hear: (path, seconds that it is cut to) -> embedding (1, d), logits (1, classes) and, for FAD,
-    VGGish's patches (n, 128). prompts: as in pair(), for CLAP. A metric that cannot be had is None.
-    """
-    paired = pair(generated, reference, prompts)
-    heard = [[hear(path, seconds) for path in both] for both in tqdm(paired.values(), desc="score")]
-    made, real = ([torch.cat(column).cpu() for column in zip(*side)] for side in zip(*heard))
-    row = {"N": len(paired), **scores(real[:2], made[:2]),
-           "FAD": frechet(real[2], made[2]) if len(made) > 2 else None, "CLAP": None}
-    if clap and prompts:
-        row["CLAP"] = sum(float(clap(path, [prompts[name]], seconds)) for name, (path, _)
-                          in tqdm(paired.items(), desc="clap")) / len(paired)
-    return list(paired), row
