@@ -40,30 +40,24 @@ def token_weights(system, prompts, weights):
     return torch.tensor(rows, device=system.device)
 
 
-def scale_values(layer, _, value):      # a forward hook of to_v
-    w = layer.token_weights
-    if w is not None:               # the unconditional half of a guided batch, 2 B, is as it is
-        w = F.pad(w, (0, 0, 0, len(value) - len(w)), value=1)
-        return value * w[..., None].to(value.dtype)
-
-
 @contextlib.contextmanager
 def reweighted(unet, weights):
-    """Multiply each token's part in every cross-attention by weights (B, tokens); None: by 1.
+    """Multiply each token's part in every cross-attention by weights (B, tokens).
 
     Prompt-to-prompt (arXiv 2208.01626) scales attention probabilities; scaling the token's value
-    is the same and keeps fused kernels. Enter it once before torch.compile, which then watches.
+    is the same and keeps fused kernels. It does not reach into a network that is compiled already.
     """
-    layers = [m.to_v for name, m in unet.named_modules() if name.endswith("attn2")]
-    for layer in layers:
-        if not hasattr(layer, "token_weights"):
-            layer.register_forward_hook(scale_values)
-        layer.token_weights = weights
+    def scale(layer, _, value):     # the unconditional half of a guided batch, 2 B, is as it is
+        w = F.pad(weights, (0, 0, 0, len(value) - len(weights)), value=1)
+        return value * w[..., None].to(value.dtype)
+
+    hooks = [layer.to_v.register_forward_hook(scale) for name, layer in unet.named_modules()
+             if name.endswith("attn2")]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.token_weights = None
+        for hook in hooks:
+            hook.remove()
 
 
 def make_weighted(system, prompts, z_T):

@@ -45,9 +45,9 @@ def load_networks(args):
     cnn, vgg = (metrics.load_network(kind, args.weights, args.download).to(device)
                 for kind in (Cnn14, VGGish))
     hear = lambda path, seconds: (*cnn(read(path, seconds)), vgg(read(path, seconds, RATE, True)))
-    weights = {kind.file: metrics.sha256(args.weights / kind.file) for kind in (Cnn14, VGGish)}
     clap = metrics.Clap(args.clap, device) if args.clap else None
-    return hear, clap, {**weights, **(clap.weights if clap else {})}
+    weights = {network.file: network.sha256 for network in (cnn, vgg, clap) if network}
+    return hear, clap, weights
 
 
 # ---- scores --------------------------------------------------------------------------------------

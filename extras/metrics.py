@@ -47,8 +47,8 @@ class Cnn14(nn.Module):
     def __init__(self):
         super().__init__()
         # the published file holds the STFT (as convolutions) and the mel filters too
-        conv = lambda: nn.Conv1d(1, 257, 512, stride=160, bias=False)
-        stft = nn.ModuleDict({"conv_real": conv(), "conv_imag": conv()})
+        stft = nn.ModuleDict({name: nn.Conv1d(1, 257, 512, stride=160, bias=False)
+                              for name in ("conv_real", "conv_imag")})
         self.spectrogram_extractor = nn.ModuleDict({"stft": stft})
         self.logmel_extractor = nn.ParameterDict({"melW": torch.zeros(257, 64)})
         self.bn0 = nn.BatchNorm2d(64)
@@ -100,7 +100,7 @@ class VGGish(nn.Module):
 
 
 def load_network(kind, folder, download=False):
-    """Load Cnn14 or VGGish from its published file, in eval mode."""
+    """Load Cnn14 or VGGish from its published file, in eval mode; its sha256 is the file's."""
     path, network = Path(folder) / kind.file, kind()
     try:
         if download and not path.exists():
@@ -120,6 +120,7 @@ def load_network(kind, folder, download=False):
         network.load_state_dict(state.get("model", state))
     except Exception as e:                              # torch.load fails in many ways
         raise InputError(f"{path}: not the published file, or damaged; get it anew ({cause(e)})")
+    network.sha256 = sha256(path)
     return network.float().eval()
 
 
@@ -127,9 +128,7 @@ def sha256(*paths):
     """Hash the contents of files, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
@@ -226,7 +225,7 @@ class Clap:
             raise InputError(f"--clap {name}: cannot be loaded ({cause(e)}); "
                              "download it elsewhere and pass its folder")
         weights = b"".join(w.detach().cpu().numpy().tobytes() for w in self.model.parameters())
-        self.weights = {str(name): hashlib.sha256(weights).hexdigest()}
+        self.file, self.sha256 = str(name), hashlib.sha256(weights).hexdigest()
 
     @torch.no_grad()
     def __call__(self, path, texts, seconds):
@@ -257,8 +256,8 @@ def pair(generated, reference, prompts=None):
         require(files, f"{folder}: holds no sound file")
     made = {p.name: p for p in made.values() if prompts is None or p.name in prompts}
     alone = [name for name, p in made.items() if p.stem not in real]
-    require(made and not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner "
-            f"in {reference}, {alone[:1]} for one")
+    require(not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner in "
+            f"{reference}: {', '.join(alone[:3])}")
     if left := len(real) - len(made):
         print(f"{left} of {len(real)} files of {reference} have no generated clip and are left out")
     return {name: (p, real[p.stem]) for name, p in made.items()}
