@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError
+from data import InputError, require
 from model import HOP, LOG_MAX, LOG_MIN, N_FFT, RATE, WIN, load_part, pretrained
 
 # ---- waveform -> log-mel -> image ----------------------------------------------------------------
@@ -77,19 +77,23 @@ def resample(wav, old, new):
     return torch.cat([(around[n * old // new] * bank[n % new]).sum(1) for n in parts])
 
 
+def read_file(path):
+    """Read a sound file: (samples (N, channels) in fp32, rate in Hz)."""
+    try:
+        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{path}: cannot be read as audio ({e})")
+    require(len(wav), f"{path}: holds no sound")
+    require(np.isfinite(wav).all(), f"{path}: holds samples that are not numbers")
+    return wav, rate
+
+
 def read_audio(path, seconds=10.0, rate=RATE, mix=False):
     """First channel of a file (N,), minus its mean, at `rate`, cut to `seconds`, 2 s at least.
 
     mix: the mean of the channels in its place, with its DC.
     """
-    try:
-        wav, found = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{path}: cannot be read as audio ({e})")
-    if not len(wav):
-        raise InputError(f"{path}: holds no sound")
-    if not np.isfinite(wav).all():
-        raise InputError(f"{path}: holds samples that are not numbers")
+    wav, found = read_file(path)
     wav = torch.from_numpy(wav.mean(1) if mix else wav[:, 0].copy())
     wav = resample(wav if mix else wav - wav.mean(), found, rate)[:round(seconds * rate)]
     return F.pad(wav, (0, max(0, 2 * rate - len(wav))))

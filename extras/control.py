@@ -18,33 +18,19 @@ from data import Parser, cli, number, require
 from extras.audio import encode_audio, read_audio
 from model import RATE
 
-TOKEN = re.compile(r"\\([():\\])|:\s*(\d+\.?\d*|\.\d+)\s*\)|.", re.DOTALL)    # \: or :1.5) or any
+WEIGHTED = re.compile(r"\(([^()]*):\s*(\d+\.?\d*|\.\d+)\s*\)")    # (rain:1.5)
 
 
 def parse_weights(prompt, where="--prompt"):
-    r"""Split "a (loud dog:1.5) barks" into "a loud dog barks" and the weight of each character.
-
-    Brackets nest and multiply; one after a backslash is itself. InputError points at the broken.
-    """
-    def check(fine, i, why):
-        require(fine, f"{where}: {why} at character {i + 1}, {prompt[i:i + 20]!r}: weights look "
-                r"like (rain:1.5), and plain brackets like \( and \)")
-
-    plain, weights, opened = "", [], []
-    for token in TOKEN.finditer(prompt):
-        c, i = token[1] or token[0], token.start()
-        if token[1] or not (c == "(" or c[-1] == ")" or opened and c == ":"):
-            plain, weights = plain + c, weights + [1.0]
-        elif c == "(":
-            opened.append((len(plain), i))
-        else:
-            check(opened, token.end() - 1, "a bracket that nothing opens")
-            check(token[2], i, "a bracket without its number")
-            start, _ = opened.pop()
-            weights[start:] = [w * float(token[2]) for w in weights[start:]]
-            check(max(weights, default=0) <= 100, i, "a weight above 100")  # fp16 ends at 65504
-    check(not opened, max((i for _, i in opened), default=0), "a bracket that nothing closes")
-    return plain, weights
+    """Split "a (loud dog:1.5) barks" into "a loud dog barks" and the weight of each character."""
+    parts = WEIGHTED.split(prompt)          # words, weighted words and their weight, words, ...
+    plain = not re.search("[()]", "".join(parts[::3]))
+    require(plain and all(float(weight) <= 100 for weight in parts[2::3]),  # fp16 ends at 65504
+            f"{where}: {prompt!r}: weights look like (rain:1.5), at most 100; no other brackets")
+    weights = [1.0] * len(parts[0])
+    for words, weight, after in zip(parts[1::3], parts[2::3], parts[3::3]):
+        weights += [float(weight)] * len(words) + [1.0] * len(after)
+    return WEIGHTED.sub(r"\1", prompt), weights
 
 
 def token_weights(system, prompts, weights):
@@ -54,30 +40,24 @@ def token_weights(system, prompts, weights):
     return torch.tensor(rows, device=system.device)
 
 
-def scale_values(layer, _, value):      # a forward hook of to_v
-    w = layer.token_weights
-    if w is not None:               # the unconditional half of a guided batch, 2 B, is as it is
-        w = F.pad(w, (0, 0, 0, len(value) - len(w)), value=1)
-        return value * w[..., None].to(value.dtype)
-
-
 @contextlib.contextmanager
 def reweighted(unet, weights):
-    """Multiply each token's part in every cross-attention by weights (B, tokens); None: by 1.
+    """Multiply each token's part in every cross-attention by weights (B, tokens).
 
     Prompt-to-prompt (arXiv 2208.01626) scales attention probabilities; scaling the token's value
-    is the same and keeps fused kernels. Enter it once before torch.compile, which then watches.
+    is the same and keeps fused kernels. It does not reach into a network that is compiled already.
     """
-    layers = [m.to_v for name, m in unet.named_modules() if name.endswith("attn2")]
-    for layer in layers:
-        if not hasattr(layer, "token_weights"):
-            layer.register_forward_hook(scale_values)
-        layer.token_weights = weights
+    def scale(layer, _, value):     # the unconditional half of a guided batch, 2 B, is as it is
+        w = F.pad(weights, (0, 0, 0, len(value) - len(weights)), value=1)
+        return value * w[..., None].to(value.dtype)
+
+    hooks = [layer.to_v.register_forward_hook(scale) for name, layer in unet.named_modules()
+             if name.endswith("attn2")]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.token_weights = None
+        for hook in hooks:
+            hook.remove()
 
 
 def make_weighted(system, prompts, z_T):
@@ -117,7 +97,7 @@ def main(argv=None):
     p = Parser(__doc__)
     sample.add_clips(p.add_argument)
     p.add_argument("--init", metavar="WAV", help="edit this recording: start from its noise")
-    p.add_argument("--init_prompt", help="what --init sounds like")
+    p.add_argument("--init_prompt", default="", help="what --init sounds like")
     p.add_argument("--strength", type=number(float, 0, 1), default=0.2, help="1: ignore --init")
     args = p.parse_args(argv)
     require(args.init or not args.init_prompt, "--init_prompt goes with --init")
@@ -126,11 +106,10 @@ def main(argv=None):
     require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
 
     def opened():
-        heard = [*words.values(), args.init_prompt or ""]
-        system = sample.open_system(args, args.seconds, heard)
+        system = sample.open_system(args, args.seconds, [*words.values(), args.init_prompt])
         about, noise = system.about, system.noise
         if args.init:
-            start, left = invert_recording(args.init, args.init_prompt or "", system, args.seed)
+            start, left = invert_recording(args.init, args.init_prompt, system, args.seed)
             print(f"{args.init}: noise that makes all but {left:.0%} of its latents' variance")
             a, b = math.sqrt(1 - args.strength ** 2), args.strength     # unit variance again
             noise = lambda numbers, seed: a * start + b * system.noise(numbers, seed)

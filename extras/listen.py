@@ -13,44 +13,26 @@ from data import Parser, cli, replace_text, require
 from sample import read_manifest
 
 
-def check_folders(folders):
-    """InputError where folders lack a clip or their manifest, or two have the same name."""
-    for folder in map(Path, folders):
-        clips = read_manifest(folder)
-        require(clips, f"{folder}: holds no manifest.json of sample.py")
-        for clip in clips:
-            for ending in (".wav", ".png"):
-                path = (folder / clip["file"]).with_suffix(ending)
-                require(path.exists(), f"{path}: is missing, though the manifest lists it; make it "
-                        "again")
-    names = [Path(folder).resolve().name for folder in folders]
-    require(len(set(names)) == len(names), "two folders have the same name, which names the "
-            f"system: {', '.join(names)}; rename one")
-
-
 def page_data(folders, blind):
     """What the page shows: systems are folders, a row is a (prompt, seed, clip)."""
     def embed(path, kind):
+        require(path.exists(), f"{path}: is missing, though the manifest lists it; make it again")
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
-    rows = {}
+    names, rows = [Path(folder).resolve().name for folder in folders], {}
+    require(len(set(names)) == len(names), "two folders have the same name, which names the "
+            f"system: {', '.join(names)}; rename one")
     for column, folder in enumerate(folders):
-        for clip in read_manifest(folder):
+        clips = read_manifest(folder)
+        require(clips, f"{folder}: holds no manifest.json of sample.py")
+        for clip in clips:
             wav = Path(folder) / clip["file"]
             row = rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})
             row[column] = {"wav": embed(wav, "audio/wav"), "seconds": soundfile.info(wav).duration,
                            "png": None if blind else embed(wav.with_suffix(".png"), "image/png")}
-    return {"blind": blind, "systems": [Path(folder).resolve().name for folder in folders],
+    return {"blind": blind, "systems": names,
             "rows": [{"prompt": prompt, "seed": seed, "k": k, "clips": clips}
                      for (prompt, seed, k), clips in rows.items()]}
-
-
-def write_page(path, folders, blind=False):
-    """Write a page of players and spectrograms, or a blind listening test without pictures."""
-    check_folders(folders)
-    template = Path(__file__).with_name("listen.html").read_text("utf-8")
-    known = json.dumps(page_data(folders, blind)).replace("<", "\\u003c")   # no </script> inside
-    replace_text(path, template.replace("/*DATA*/", known))
 
 
 def main(argv=None):
@@ -60,7 +42,10 @@ def main(argv=None):
     p.add_argument("--out", help="file to write; default: listen.html in the first folder")
     args = p.parse_args(argv)
     out = Path(args.out or Path(args.folders[0]) / "listen.html")
-    write_page(out, args.folders, args.blind)
+    template = Path(__file__).with_name("listen.html").read_text("utf-8")
+    known = json.dumps(page_data(args.folders, args.blind))
+    known = known.replace("<", "\\u003c")               # no </script> inside
+    replace_text(out, template.replace("/*DATA*/", known))
     print(out)
 
 

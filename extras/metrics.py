@@ -1,8 +1,7 @@
 """The metrics of the paper's section IV and the networks behind them.
 
-FD, KL and IS are taken on PANNs CNN14, FAD on VGGish. The paper's text has the two networks the
-other way round; its numbers, and the public evaluation code, have them as here. A small classifier
-of the tiny world takes CNN14's place there.
+FD, KL and IS are taken on PANNs CNN14, in the tiny world on a small classifier, FAD on VGGish. The
+paper's text swaps the two networks; its numbers, and the public evaluation code, have them so.
 """
 import hashlib
 from pathlib import Path
@@ -12,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import ClapModel, ClapProcessor
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError
+from data import InputError, require
 from extras.audio import read_audio
 from model import RATE, TINY, cause
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
-TINY_FILE = TINY.parent / "classifier.safetensors"
+CLASSIFIER = TINY.parent / "classifier.safetensors"
 EPS = 1e-6                              # added to the generated clip's probabilities in KL
 
 
@@ -49,8 +47,8 @@ class Cnn14(nn.Module):
     def __init__(self):
         super().__init__()
         # the published file holds the STFT (as convolutions) and the mel filters too
-        conv = lambda: nn.Conv1d(1, 257, 512, stride=160, bias=False)
-        stft = nn.ModuleDict({"conv_real": conv(), "conv_imag": conv()})
+        stft = nn.ModuleDict({name: nn.Conv1d(1, 257, 512, stride=160, bias=False)
+                              for name in ("conv_real", "conv_imag")})
         self.spectrogram_extractor = nn.ModuleDict({"stft": stft})
         self.logmel_extractor = nn.ParameterDict({"melW": torch.zeros(257, 64)})
         self.bn0 = nn.BatchNorm2d(64)
@@ -102,41 +100,35 @@ class VGGish(nn.Module):
 
 
 def load_network(kind, folder, download=False):
-    """Load Cnn14 or VGGish from its published file: (network in eval mode, sha256 of the file)."""
-    path = Path(folder) / kind.file
-    if not path.exists():
-        if not download:
-            raise InputError(f"{path}: missing; get {kind.url}, pass --download or --features tiny")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(kind.url, path, progress=True)
-        except OSError as e:
-            raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
-    network = kind()
+    """Load Cnn14 or VGGish from its published file, in eval mode; its sha256 is the file's."""
+    path, network = Path(folder) / kind.file, kind()
     try:
-        with torch.serialization.safe_globals(numpy_globals()):
+        if download and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(kind.url, path)
+    except OSError as e:
+        raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
+    require(path.exists(), f"{path}: missing; get {kind.url} or pass --download")
+    # PANNs' file holds counters of numpy 1, which a pickle names in either of two ways
+    core = getattr(np, "_core", None) or np.core
+    plain = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
+             for f in (core.multiarray.scalar, core.multiarray._reconstruct)]
+    plain += [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd")]
+    try:
+        with torch.serialization.safe_globals(plain):
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state.get("model", state))
     except Exception as e:                              # torch.load fails in many ways
         raise InputError(f"{path}: not the published file, or damaged; get it anew ({cause(e)})")
-    return network.float().eval(), sha256(path)
-
-
-def numpy_globals():
-    """What a pickle of plain numpy values names: PANNs' file holds counters of numpy 1."""
-    core = getattr(np, "_core", None) or np.core
-    named = core.multiarray.scalar, core.multiarray._reconstruct
-    named = [(f, f"numpy.{x}.multiarray.{f.__name__}") for x in ("core", "_core") for f in named]
-    return [np.ndarray, np.dtype, *(type(np.dtype(k)) for k in "?bhilqBHILQfd"), *named]
+    network.sha256 = sha256(path)
+    return network.float().eval()
 
 
 def sha256(*paths):
     """Hash the contents of files, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
@@ -172,7 +164,7 @@ class Classifier(nn.Module):
 
 def load_classifier():
     """Load the classifier that is shipped with the tiny world, in eval mode."""
-    state = load_file(TINY_FILE)
+    state = load_file(CLASSIFIER)
     net = Classifier(len(state["head.weight"]))
     net.load_state_dict(state)
     return net.float().eval()
@@ -233,7 +225,7 @@ class Clap:
             raise InputError(f"--clap {name}: cannot be loaded ({cause(e)}); "
                              "download it elsewhere and pass its folder")
         weights = b"".join(w.detach().cpu().numpy().tobytes() for w in self.model.parameters())
-        self.weights = {str(name): hashlib.sha256(weights).hexdigest()}
+        self.file, self.sha256 = str(name), hashlib.sha256(weights).hexdigest()
 
     @torch.no_grad()
     def __call__(self, path, texts, seconds):
@@ -259,31 +251,13 @@ def pair(generated, reference, prompts=None):
 
     prompts: {file name: text}; only these count. InputError where a file has no recording.
     """
-    real, made = recordings(reference), recordings(generated).values()
-    made = {p.name: p for p in made if prompts is None or p.name in prompts}
-    if not made or not real:
-        raise InputError(f"{reference if made else generated}: holds no sound file")
-    if alone := [name for name, p in made.items() if p.stem not in real]:
-        raise InputError(f"{generated}: {len(alone)} of {len(made)} files have no partner in "
-                         f"{reference}, {alone[0]} for one")
+    real, made = recordings(reference), recordings(generated)
+    for folder, files in ((generated, made), (reference, real)):
+        require(files, f"{folder}: holds no sound file")
+    made = {p.name: p for p in made.values() if prompts is None or p.name in prompts}
+    alone = [name for name, p in made.items() if p.stem not in real]
+    require(not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner in "
+            f"{reference}: {', '.join(alone[:3])}")
     if left := len(real) - len(made):
         print(f"{left} of {len(real)} files of {reference} have no generated clip and are left out")
     return {name: (p, real[p.stem]) for name, p in made.items()}
-
-
-@torch.no_grad()
-def score_folders(generated, reference, hear, seconds, clap=None, prompts=None):
-    """Score a folder against another by file name: (names, {"N", "FD", ..., "CLAP"}).
-
-    hear: (path, seconds that it is cut to) -> embedding (1, d), logits (1, classes) and, for FAD,
-    VGGish's patches (n, 128). prompts: as in pair(), for CLAP. A metric that cannot be had is None.
-    """
-    paired = pair(generated, reference, prompts)
-    heard = [[hear(path, seconds) for path in both] for both in tqdm(paired.values(), desc="score")]
-    made, real = ([torch.cat(column).cpu() for column in zip(*side)] for side in zip(*heard))
-    row = {"N": len(paired), **scores(real[:2], made[:2]),
-           "FAD": frechet(real[2], made[2]) if len(made) > 2 else None, "CLAP": None}
-    if clap and prompts:
-        row["CLAP"] = sum(float(clap(path, [prompts[name]], seconds)) for name, (path, _)
-                          in tqdm(paired.items(), desc="clap")) / len(paired)
-    return list(paired), row

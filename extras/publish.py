@@ -31,15 +31,15 @@ def write_card(folder, metrics=None):
     card = path.read_text("utf-8") if path.exists() else ""
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
-    small = "- Small decoder: `--decoder fast`\n"
-    small = small if Path(folder, "decoder/config.json").exists() else ""
-    teacher = about["teacher"]
-    name = Path(teacher).name if Path(teacher).is_absolute() else teacher
-    auffusion = re.search("auffusion|swiftaudio", name.lower())
+    small = Path(folder, "decoder/config.json").exists()
+    name = about["teacher"]
+    name = Path(name).name if Path(name).is_absolute() else name
+    licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
     replace_text(path, CARD.format(
-        licence="mit" if name == "tiny" else "cc-by-nc-sa-4.0" if auffusion else "other",
-        base=f"base_model: {name}\n" if "/" in name else "", teacher=name, step=about["step"],
-        command=about.get("command", "python train.py"), decoder=small,
+        licence="mit" if name == "tiny" else licence, teacher=name, step=about["step"],
+        base=f"base_model: {name}\n" if "/" in name else "",
+        command=about.get("command", "python train.py"),
+        decoder="- Small decoder: `--decoder fast`\n" if small else "",
         metrics=metrics or "not measured; see extras/eval.py"))
     return path
 
@@ -57,6 +57,7 @@ def write_events(folder):
             if isinstance(value, float):
                 board.add_scalar(name, value, line["step"])
     board.close()
+    return folder
 
 
 def main(argv=None):
@@ -64,10 +65,7 @@ def main(argv=None):
     p.add_argument("what", choices=("card", "tensorboard"))
     p.add_argument("folder", help="card: of a student; tensorboard: of its run")
     args = p.parse_args(argv)
-    if args.what == "card":
-        print(write_card(args.folder))
-    else:
-        write_events(args.folder)
+    print(write_card(args.folder) if args.what == "card" else write_events(args.folder))
 
 
 if __name__ == "__main__":

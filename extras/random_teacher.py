@@ -17,25 +17,19 @@ FULL = dict(        # Auffusion's: 859.5 M parameters in the UNet
 def write_tokenizer(folder):
     """Write a CLIP tokenizer as published, which spells words letter by letter; its size."""
     folder.mkdir(parents=True, exist_ok=True)
-    letters = [chr(c) for c in range(33, 127)]
-    words = [*letters, *(c + "</w>" for c in letters), "do", "dog</w>", "<|startoftext|>",
-             "<|endoftext|>"]
-    special = {f"{kind}_token": "<|endoftext|>" for kind in ("eos", "unk", "pad")}
-    special["bos_token"] = "<|startoftext|>"
-    files = {
-        "vocab.json": json.dumps({w: i for i, w in enumerate(words)}),
-        "merges.txt": "#version: 0.2\nd o\ndo g</w>\n",
-        "special_tokens_map.json": json.dumps(special),
-        "tokenizer_config.json": json.dumps({
-            **special, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True,
-            "model_max_length": 77, "add_prefix_space": False})}
-    for name, text in files.items():
-        (folder / name).write_text(text)
+    letters, end = [chr(c) for c in range(33, 127)], "<|endoftext|>"
+    words = [*letters, *(c + "</w>" for c in letters), "do", "dog</w>", "<|startoftext|>", end]
+    special = {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": end}
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        **special, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True,
+        "model_max_length": 77, "add_prefix_space": False}))
     return len(words)
 
 
 def write_vocoder(folder, config):
-    """Write HiFi-GAN with weight norm, in the published form; its state."""
+    """Write HiFi-GAN with weight norm, in the published form."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {k: config[k] for k in config if k not in ("num_mels", "resblock")}
     network = SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=config["num_mels"], **sizes))
@@ -47,7 +41,6 @@ def write_vocoder(folder, config):
         state[name] = torch.randn(w.shape) * 0.1
     torch.save({"generator": state}, folder / "vocoder.pt")
     (folder / "config.json").write_text(json.dumps(config))
-    return state
 
 
 def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, text_layers=1,

@@ -1,5 +1,4 @@
-import functools
-import itertools
+import argparse
 import re
 
 import pytest
@@ -12,135 +11,118 @@ from extras import bench
 CPU = torch.device("cpu")
 
 
+def flags(**more):
+    return argparse.Namespace(**{"compile": False, "checkpointing": False, **more})
+
+
 def test_operations_are_counted_through_every_kind_of_layer():
-    def tflop(f):
-        return bench.flops(f)[0] * 1e12
+    def operations(f):
+        return bench.flops(f) * 1e12
 
     q = torch.randn(1, 2, 6, 8)
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert tflop(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == pytest.approx(2 * 3 * 5 * 7)
     convolution = torch.nn.Conv2d(4, 6, 3, padding=1)
-    assert tflop(lambda: convolution(q.view(1, 4, 3, 8))) == pytest.approx(2 * 9 * 4 * 6 * 3 * 8)
-    assert tflop(lambda: attention(q, q, q)) == pytest.approx(2 * 2 * 2 * 6 * 6 * 8)
+    for f, expected in ((lambda: torch.ones(3, 5) @ torch.ones(5, 7), 2 * 3 * 5 * 7),
+                        (lambda: convolution(q.view(1, 4, 3, 8)), 2 * 9 * 4 * 6 * 3 * 8),
+                        (lambda: attention(q, q, q), 2 * 2 * 2 * 6 * 6 * 8)):
+        assert operations(f) == pytest.approx(expected)
 
 
-def test_the_clock_gives_the_median_and_the_last_result(monkeypatch):
-    ticks = iter((0, 1, 10, 15, 20, 22))                                # of 1, 5 and 2 seconds
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
-    assert bench.clock(iter("abc").__next__, CPU, 3) == (2, "c")
+def test_time_and_peak_are_those_of_a_call(monkeypatch):
+    calls = []
+    assert 0 < bench.clock(lambda: calls.append(1), 5) < 1 and len(calls) >= 7
+    monkeypatch.setattr(bench, "clock", lambda f, runs: (f(), 4.0)[1])
+    assert bench.peak(CPU, torch.float32) == pytest.approx(2 * 2048**3 / 4 / 1e12)
 
 
-# ---- the tables of sampling ----------------------------------------------------------------------
-
-
-def tables(said):
-    """[{row: cells}] of the printed tables: plain, ours, with a small decoder."""
-    parts = re.split(r"^.*, batch \d.*\n", said, flags=re.MULTILINE)[1:]
-    return [{line[:24].strip(): line[24:].split() for line in part.splitlines()} for part in parts]
-
-
-@pytest.fixture
-def known_times(monkeypatch):
-    """The n-th thing that is timed takes n seconds; the peaks are 1 and 2 MFLOP/s; half is bf16."""
-    count, peaks = itertools.count(1), {torch.float32: 1e-6, torch.bfloat16: 2e-6}
-    monkeypatch.setattr(bench, "clock", lambda f, device, runs: (next(count), f()))
-    monkeypatch.setattr(bench, "peak", lambda device, dtype: peaks[dtype])
-    monkeypatch.setattr(bench.model, "sampling_dtype", lambda device: torch.bfloat16)
-
-
-def test_the_tables_of_sampling(plain, known_times, capsys):
-    bench.bench_sample(plain, CPU, 2, 1, False)
-    said = capsys.readouterr().out
-    for k, (rows, peak) in enumerate(zip(tables(said), (1e-6, 2e-6, 2e-6), strict=True)):
-        names, times = [*rows][1:6], [4 * k + n for n in (1, 2, 3, 4)]
-        times.append(sum(times))
-        assert names == [bench.TEXT, bench.UNET, bench.VAE, bench.VOCODER, bench.WHOLE]
-        for name, t, first in zip(names, times, (1, 2, 3, 4, 10)):
-            tflop, ms, share, faster = rows[name]
-            assert ms == f"{1e3 * t:.1f}" and faster == f"{first / t:.2f}x"
-            assert float(share[:-1]) == pytest.approx(100 * float(tflop) / t / peak, rel=0.02,
-                                                      abs=0.6)
-        parts = sum(float(rows[name][0]) for name in names[:4])
-        assert float(rows[bench.WHOLE][0]) == pytest.approx(parts, rel=0.02)
-        whole, passes = times[-1], (200 * times[1] + times[0] + times[2] + times[3])
-        assert f"real-time factor {whole / (2 * 0.64):.3f}; " in said
-        assert f"computed: {passes / whole:.0f} x the time" in said
-    one, two = (float(tables(said)[n][bench.VAE][0]) for n in (0, 1))
-    assert one > two                                # folded, its upsampling takes 16 taps for 36
-    batch_of_one = bench.walk(bench.load(bench.PLAIN, plain, CPU), 1, bench.flops)[0]
-    assert one == pytest.approx(2 * batch_of_one[bench.VAE], rel=0.02)
-    assert "ours, batch 2 of 0.64 s; peak: 0.00 TFLOP/s in torch.bfloat16" in said
-    found = re.search(r"latents (\S+)% .* log-mel (\S+) nepers, waveform (\S+) dB", said)
-    latents, mel, decibels = map(float, found.groups())
-    assert 0 < latents < 50 and 0 < mel < 1 and 10 < decibels < 80
-
-
-def test_fp32_beside_fp32_has_no_error(plain, monkeypatch, capsys):
-    monkeypatch.setattr(bench.model, "sampling_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(bench, "peak", lambda device, dtype: 1.0)
-    bench.bench_sample(plain, CPU, 1, 1, False)
-    decibels, = re.findall(r"waveform (\S+) dB", capsys.readouterr().out)
-    assert float(decibels) > 80                     # the folded decoder adds up in another order
-
-
-# ---- training ------------------------------------------------------------------------------------
+def test_the_stages_of_sampling_make_up_the_path(plain):
+    """The same clip from the libraries' plain fp32 and from ours, whose decoder is folded."""
+    torch.manual_seed(0)
+    made = {}
+    with torch.no_grad():
+        for kind in (bench.PLAIN, bench.OURS):
+            stages = bench.sampler(kind, plain, CPU, 2, flags())
+            made[kind] = wav = stages[bench.WHOLE]()
+            torch.testing.assert_close(stages["vocoder"](), wav, rtol=0, atol=1e-4)
+            count = {name: bench.flops(f) for name, f in stages.items()}
+            whole = count.pop(bench.WHOLE)
+            assert whole == pytest.approx(sum(count.values())) and min(count.values()) > 0
+    a, b = made.values()
+    assert a.shape == (2, 10240) and (a - b).square().mean() < 0.05 * a.square().mean()
 
 
 def test_the_loop_of_training_is_train_py_s(plain, tmp_path, monkeypatch):
     """Its losses in a step are those of train.py in the paper's setting, on the same caption."""
     captions = tmp_path / "captions.txt"
     captions.write_text("a dog barks\n")
-    flags = "--preset paper --max_steps 1 --batch_size 2 --grad_accum 2 --log_every 1 --device cpu"
+    given = "--max_steps 1 --batch_size 2 --grad_accum 1 --log_every 1 --device cpu"
     train.main(["--teacher", str(plain), "--captions", str(captions), "--out_dir",
-                str(tmp_path / "out"), *flags.split()])
+                str(tmp_path / "out"), *given.split()])
     line, = train.data.read_rows(tmp_path / "out/metrics.jsonl")
-    found = {"vsd": [], "lora": [], "tv": []}
-    for name, values in found.items():
-        loss = getattr(bench, f"{name}_loss")
-        monkeypatch.setattr(bench, f"{name}_loss", lambda *args, loss=loss, values=values: (
-            values.append(loss(*args)) or values[-1]))
-    torch.manual_seed(0)
-    bench.trainer(plain, CPU, 2, 2)()
-    for name, values in found.items():
-        assert torch.cat(values).mean().item() == pytest.approx(line[name], rel=1e-4)
+    for kind, more in ((bench.OURS, {}), (bench.OURS, {"checkpointing": True}), (bench.PLAIN, {})):
+        found = {"vsd": [], "lora": [], "tv": []}
+        for name, values in found.items():
+            loss = getattr(train, f"{name}_loss")
+            monkeypatch.setattr(bench, f"{name}_loss", lambda *args, loss=loss, values=values: (
+                values.append(loss(*args)) or values[-1]))
+        torch.manual_seed(0)
+        step = bench.trainer(kind, plain, CPU, 2, flags(**more))[bench.STEP]
+        step()
+        for name, (loss,) in found.items():
+            assert loss.mean().item() == pytest.approx(line[name], rel=1e-4)
+    student = 3 * bench.flops(lambda: unet_of(plain))       # forward, and twice that backward
+    assert bench.flops(step) == pytest.approx(2 * 3 * student, rel=0.1)     # 9 forwards, 2 samples
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
-def test_the_rate_of_training_is_of_whole_steps(plain, monkeypatch, capsys, checkpointing):
-    """A step of 4 x 2 samples takes a second, behind two of warm-up; the peak is 1 MFLOP/s."""
-    timed = []
-    monkeypatch.setattr(bench, "clock", lambda f, device, runs: timed.append(runs) or (1.0, f()))
-    monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e-6)
-    tflop = bench.walk(bench.load(bench.PLAIN, plain, CPU), 1, bench.flops)[0][bench.UNET]
-    bench.bench_train(plain, CPU, [4], 2, 3, False, checkpointing)
-    said, _, line = capsys.readouterr().out.splitlines()
-    assert timed == [2, 3] and line.startswith("4 x 2") and ("recomputing" in said) == checkpointing
-    rate, seconds, share, hours, _ = line[24:].split()
-    assert (rate, seconds, hours) == ("8", "1", f"{20000 / 3600:.1f}")
-    assert float(share[:-1]) == pytest.approx(100 * 8 * 9 * tflop / 1e-6, rel=0.01)
+def unet_of(plain):
+    """One sample through the UNet."""
+    system = bench.System(plain, bench.load_unet(plain), {}, None, "fp32", CPU)
+    with torch.no_grad():
+        return system.eps(system.noise([0], 0), torch.tensor([999]), system.null)
 
 
-# ---- the command ---------------------------------------------------------------------------------
+def test_the_rows_of_the_table(monkeypatch, capsys):
+    """A call of plain fp32 takes 4 s, of ours 2, for 8 samples that take 0.1 s each at the peak."""
+    for kind, seconds, plain, cells in ((bench.PLAIN, 4, {}, ["4000.0", "2", "20%", "-"]),
+                                        (bench.OURS, 2, {"a": 4}, ["2000.0", "4", "40%", "2.00x"])):
+        monkeypatch.setattr(bench, "clock", lambda f, runs: (f(), seconds)[1])
+        build = lambda which, batch: {"a": lambda: done.append((which, batch))}
+        done = []
+        assert bench.bench(kind, build, 8, 3, {"a": 0.1}, plain) == {"a": seconds}
+        row, = capsys.readouterr().out.splitlines()
+        assert row[:30].strip() == f"{kind}, a" and row[30:].split() == cells
+        assert done == [(kind, 8)]
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_is_said(capsys):
+    def build(kind, batch):
+        raise torch.OutOfMemoryError
+
+    assert bench.bench(bench.OURS, build, 8, 3, {}, {}) == {}
+    assert capsys.readouterr().out == "ours: 8 at a time do not fit\n"
+
+
+@pytest.mark.parametrize("what, rows", [
+    ("sample", ["text", "UNet, one pass", "decoder", "vocoder", "text to waveform"]),
+    ("train", ["optimizer step"])])
+def test_the_command_line(what, rows, plain, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(bench, "peak", functools.cache(bench.peak))     # it takes seconds
-    bench.main(["--size", "tiny", "--device", "cpu", "--runs", "1", "--batch_size", "1"])
+    monkeypatch.setattr(bench, "TINY", plain)
+    monkeypatch.setattr(bench, "clock", lambda f, runs: (f(), 0.5 * runs)[1])
+    bench.main([what, "--device", "cpu", "--runs", "1", "--batch_size", "2"])
     said = capsys.readouterr().out
-    assert "real-time factor" in said and "a second" in said
+    assert re.findall(r"^(.*?)  +500.0", said, re.MULTILINE) == [
+        f"{kind}, {row}" for kind in (bench.PLAIN, bench.OURS) for row in rows]
+    assert ("20,000 steps of 64 take 88.9 h" in said) == (what == "train")
     assert not torch.backends.cudnn.allow_tf32
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["memory"], "needs a CUDA GPU"),
+@pytest.mark.parametrize("given, says", [
     (["train", "--size", "full"], "needs a CUDA GPU"),
-    (["--runs", "0"], "--runs: 0 must be at least 1"),
-    (["--batch_size", "0"], "--batch_size: 0 must be at least 1"),
-    (["--grad_accum", "two"], "--grad_accum: invalid int value"),
-    (["scale"], "invalid choice: 'scale'"),
-])
-def test_what_cannot_be_measured_is_refused_in_a_line(flags, says, tmp_path):
-    refused("extras.bench", *flags, "--device", "cpu", cwd=tmp_path, says=[says])
+    (["train", "--runs", "0"], "--runs: 0 must be at least 1"),
+    (["sample", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+    (["scale"], "invalid choice: 'scale'"), ([], "what")])
+def test_what_cannot_be_measured_is_refused_in_a_line(given, says, tmp_path):
+    refused("extras.bench", *given, "--device", "cpu", cwd=tmp_path, says=[says])

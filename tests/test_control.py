@@ -29,24 +29,22 @@ def go(out, *flags, main=control.main):
 @pytest.mark.parametrize("prompt, words, weights", [
     ("a dog", "a dog", [1] * 5),
     ("a (dog:2)", "a dog", [1, 1, 2, 2, 2]),
-    ("((a:2) b:.5)", "a b", [1, 0.5, 0.5]),
-    (r"a \(b\) 1:2", "a (b) 1:2", [1] * 9),
-    (r"(a\:b: 3 )", "a:b", [3] * 3),
-    (r"a\\b\c", r"a\b\c", [1] * 5),
+    ("(a:2) b 1:2", "a b 1:2", [2] + [1] * 6),
+    ("(a:b: 3 )", "a:b", [3] * 3),
+    ("(a :.5)b", "a b", [0.5, 0.5, 1]),
     ("(a:0)(b:1.25)", "ab", [0, 1.25]),
     ("(:2)x", "x", [1])])
 def test_weights_are_read(prompt, words, weights):
     assert parse_weights(prompt) == (words, weights)
 
 
-@pytest.mark.parametrize("prompt, character", [
-    ("(a:101)", 3), ("((a:11):11)", 8), ("a (dog", 3), ("a ((dog", 4), ("a dog)", 6),
-    ("a 1:2)", 6), ("(dog:x)", 5), ("(dog)", 5), ("(a:2) (b:-1)", 9), ("(a:inf)", 3), ("(a:)", 3),
-    ("(a:1.2.3)", 3)])
-def test_broken_weights_are_pointed_at(prompt, character):
-    with pytest.raises(InputError, match=f"prompts.txt: .* at character {character},") as e:
+@pytest.mark.parametrize("prompt", [
+    "(a:101)", "a (dog", "a ((dog", "a dog)", "a 1:2)", "(dog:x)", "(dog)", "(a:2) (b:-1)",
+    "((a:2) b:2)", "(a:inf)", "(a:)", "(a:1.2.3)"])
+def test_broken_weights_are_named(prompt):
+    with pytest.raises(InputError, match="prompts.txt: .*at most 100; no other brackets") as e:
         parse_weights(prompt, "prompts.txt")
-    assert "(rain:1.5)" in str(e.value) and "\n" not in str(e.value)
+    assert repr(prompt) in str(e.value) and "(rain:1.5)" in str(e.value)
 
 
 def test_a_token_has_the_weight_of_its_first_letter(plain):
@@ -83,9 +81,8 @@ def test_the_weight_of_a_token_is_that_of_its_probability(layer_and_input):
     unweighted = layer(x, text)                             # it ends with the block
     assert torch.allclose(unweighted, attention(layer, x, text, torch.ones(2, 77)), atol=1e-5)
     assert not torch.allclose(unweighted, expected, atol=1e-3)
-    for none in (None, torch.ones(2, 77)):
-        with reweighted(unet, none):
-            assert torch.equal(layer(x, text), unweighted)
+    with reweighted(unet, torch.ones(2, 77)):
+        assert torch.equal(layer(x, text), unweighted)
     with pytest.raises(ZeroDivisionError), reweighted(unet, w):
         1 / 0
     assert torch.equal(layer(x, text), unweighted)
@@ -106,18 +103,6 @@ def test_the_unconditional_half_of_a_guided_batch_keeps_its_own(layer_and_input)
         whole, cond = guided(eps, null, 3)(z, t, text), eps(z, t, text)
     uncond = eps(z, t, null.expand_as(text))
     torch.testing.assert_close(whole, uncond + 3 * (cond - uncond), rtol=1e-4, atol=1e-4)
-
-
-def test_weights_change_in_a_compiled_layer_too(layer_and_input):
-    unet, layer, x, text, w = layer_and_input
-    compiled, results = torch.compile(layer, backend="eager"), []
-    for weights in (None, w, w.flip(0), None):
-        with reweighted(unet, weights):
-            results.append((compiled(x, text), layer(x, text)))
-    assert all(torch.equal(a, b) for a, b in results)
-    plain, one, other, plain_again = (a for a, _ in results)
-    assert torch.equal(plain, plain_again)
-    assert not torch.equal(plain, one) and not torch.equal(one, other)
 
 
 # ---- clips of weighted prompts ------------------------------------------------------------------
@@ -153,10 +138,10 @@ def test_an_app_needs_no_command_line(plain):
 
 def test_broken_weights_name_where_they_are_before_anything_is_loaded(tmp_path):
     refused("extras.control", "--student", "nowhere", "--prompt", "a (dog:", cwd=tmp_path,
-            says=["--prompt", "character 7", "(rain:1.5)"])
+            says=["--prompt", "'a (dog:'", "(rain:1.5)"])
     (tmp_path / "p.txt").write_text("rain\na dog)\n")
     refused("extras.control", "--student", "nowhere", "--prompts", "p.txt", cwd=tmp_path,
-            says=["p.txt", "character 6"])
+            says=["p.txt", "'a dog)'"])
     for flags in (["--prompt", "(:2)"], ["--prompt", "rain", "( :2)"], []):
         refused("extras.control", "--student", "nowhere", *flags, cwd=tmp_path,
                 says=["empty prompt"])

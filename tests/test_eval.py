@@ -1,6 +1,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from test_metrics import write_clap
 from data import InputError
 from extras import eval as evaluate
 from extras import metrics
-from extras.metrics import Clap
+from extras.audio import log_mel, read_audio
+from extras.metrics import Clap, Cnn14, VGGish, load_classifier
+from model import LOG_MAX, LOG_MIN
 
 CAPTIONS = ["a dog barks", "rain falls", "a bell rings", "wind blows", "a cat meows"]
 NAMES = [f"Yid{i:02d}.wav" for i in range(12)]
@@ -66,6 +69,24 @@ def clap(tmp_path_factory):
     return write_clap(tmp_path_factory.mktemp("clap"))
 
 
+def ears(kind, forward):
+    network = torch.nn.Module()
+    network.forward, network.file, network.sha256 = forward, kind.file, "0" * 64
+    return network
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    """The tiny world's classifier in CNN14's place, and the samples in VGGish's: both are large."""
+    def load_network(kind, folder, download):
+        if kind is VGGish:
+            return ears(kind, lambda wav: wav[0, :320].view(80, 4))
+        classifier = load_classifier()
+        return ears(kind, lambda wav: classifier(log_mel(wav, 64).clamp(LOG_MIN, LOG_MAX)))
+
+    monkeypatch.setattr(metrics, "load_network", load_network)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -75,9 +96,9 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def scored(recordings, here):
     """s.json: the recordings scored against themselves."""
-    go("score", "--generated", recordings, "--reference", recordings, "--features", "tiny",
-       "--json", "new/s.json")
-    return load(here / "new/s.json")
+    go("score", "--generated", recordings, "--reference", recordings,
+       "--out", "new/s")
+    return load(here / "new/s/scores.json")
 
 
 # ---- score and table ---------------------------------------------------------------------------
@@ -86,10 +107,10 @@ def test_recordings_are_perfect_beside_themselves_and_the_row_says_how_it_was_ma
     assert scored["N"] == 12 and scored["IS"] >= 1
     assert scored["FD"] == pytest.approx(0, abs=1e-6)
     assert scored["KL"] == pytest.approx(0, abs=1e-3)
-    assert scored["FAD"] is None and scored["CLAP"] is None
-    assert set(scored["null"]) == {"FAD", "CLAP"}
+    assert scored["FAD"] == pytest.approx(0, abs=1e-6) and scored["CLAP"] is None
     assert scored["rate"] == 16000 and scored["seconds"] == 10
-    assert len(scored["weights"]["classifier"]) == 64 and scored["list"] == NAMES
+    assert scored["weights"] == {kind.file: "0" * 64 for kind in (Cnn14, VGGish)}
+    assert scored["list"] == NAMES
     assert scored["captions"] is None and scored["crop_seed"] is None
 
 
@@ -103,54 +124,47 @@ def test_scores_are_taken_in_true_fp32(flags, recordings, plain, here, tf32):
     (here / "made" / NAMES[0]).write_bytes((recordings / NAMES[0]).read_bytes())
     write_lines(here / "one.jsonl", [{"file": NAMES[0], "text": "a dog barks"}])
     flags = [plain if flag == "plain" else flag for flag in flags]
-    go(*flags, "made", "--reference", recordings, "--features", "tiny")
+    go(*flags, "made", "--reference", recordings)
     assert not any(switch.allow_tf32 for switch in tf32)
 
 
-def test_rows_that_do_not_compare_are_refused_or_marked(scored, here, capsys):
+def test_rows_are_side_by_side_where_they_compare(scored, here, capsys):
     for key, value, says in (("N", 11, "N differs (12, 11)"), ("seconds", 5, "seconds differs"),
                              ("crop_seed", 1, "crop_seed differs (None, 1)"),
-                             ("features", "panns", "features differs"),
-                             ("weights", {"classifier": "0" * 64}, "weights differs"),
+                             ("weights", {Cnn14.file: "0" * 64}, "weights differs"),
+                             ("fad_reads", "first channel", "fad_reads differs"),
                              ("list", ["a.wav"], "list differs"), ("rate", 8000, "rate differs")):
         (here / "t.json").write_text(json.dumps({**scored, key: value}))
-        refuses("table", "new/s.json", "t.json", says=[says, "--anyway"])
-        capsys.readouterr()
-        go("table", "new/s.json", "t.json", "--anyway")
-        head, line, first, second = capsys.readouterr().out.splitlines()
-        assert head == f"warning: these do not compare: {says}"
-        assert first.startswith("new/s.json") and second.startswith("t.json")
-        assert line.split() == ["N", "FD", "FAD", "KL", "IS", "CLAP", "captions"]
-
-
-def test_rows_of_older_versions_still_stand_in_a_table(scored, here, capsys):
-    old = {k: v for k, v in scored.items() if k not in ("captions", "crop_seed", "fad_reads")}
-    (here / "old.json").write_text(json.dumps(old))
-    (here / "named.json").write_text(json.dumps({**scored, "captions": "test.csv"}))
-    go("table", "old.json", "new/s.json", "named.json")
-    *_, older, newer, named = capsys.readouterr().out.splitlines()
-    assert older.split()[1:] == newer.split()[1:] and newer.split()[-1] == "-"
-    assert named.split()[1] == "12" and named.split()[-1] == "test.csv"
+        refuses("table", "new/s/scores.json", "t.json", says=["these do not compare", says])
+    (here / "t.json").write_text(json.dumps({**scored, "KL": 1.234, "captions": "test.csv"}))
+    capsys.readouterr()
+    go("table", "new/s/scores.json", "t.json")
+    head, first, second = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["N", "FD", "FAD", "KL", "IS", "CLAP", "captions"]
+    assert first[0] == "new/s/scores.json" and first[-2:] == ["-", "-"]
+    assert second[:2] == ["t.json", "12"] and second[4] == "1.23" and second[-1] == "test.csv"
 
 
 def test_a_table_of_other_files_is_refused(here):
-    for content in ("{}", "[1]"):
+    for content in ("{}", "[1]", '{"N": 12, "FD": 1}'):
         (here / "other.json").write_text(content)
         refuses("table", "other.json", says=["other.json", "not written by extras.eval"])
     refused("extras.eval", "table", "none.json", cwd=here, says=["none.json"])
 
 
-def test_score_names_what_is_wrong(recordings, here):
+def test_score_names_what_is_wrong(recordings, here, monkeypatch):
     (here / "made").mkdir()
     (here / "empty").mkdir()
     first = (recordings / NAMES[0]).read_bytes()
     (here / "made" / NAMES[0]).write_bytes(first[:40])
-    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated")
+    flags = ("score", "--reference", recordings, "--generated")
     refused("extras.eval", *flags, "made", cwd=here, says=[f"made/{NAMES[0]}", "cannot be read"])
     refuses(*flags, "empty", says=["empty", "no sound file"])
     (here / "made/other.wav").write_bytes(first)
     refuses(*flags, "made", says=["1 of 2 files", "other.wav"])
     refuses(*flags, recordings, "--clap", here / "empty", says=["--clap", "cannot be loaded"])
+    monkeypatch.undo()                                  # the networks themselves
+    monkeypatch.chdir(here)
     refuses("score", "--reference", recordings, "--generated", recordings, "--weights", ".",
             says=["Cnn14", "zenodo"])
 
@@ -172,12 +186,13 @@ def test_clap_takes_the_prompts_of_the_manifest(recordings, clap, here, capsys):
     (here / "made").mkdir()
     for name in NAMES[:2]:
         (here / "made" / name).write_bytes((recordings / name).read_bytes())
-    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated", "made",
-             "--clap", clap, "--json", "s.json")
+    flags = ("score", "--reference", recordings, "--generated", "made",
+             "--clap", clap, "--out", "s")
     go(*flags)
-    assert load(here / "s.json")["null"]["CLAP"] == "no manifest.json with prompts"
+    assert load(here / "s/scores.json")["CLAP"] is None
 
-    rows = [{"file": name, "prompt": text} for name, text in zip(NAMES, CAPTIONS[:2])]
+    rows = [{"file": name, "prompt": text, "seed": 0, "k": 0}
+            for name, text in zip(NAMES, CAPTIONS[:2])]
     model = Clap(clap, "cpu")
     expected = np.mean([float(model(recordings / row["file"], [row["prompt"]], 10))
                         for row in rows])
@@ -185,8 +200,8 @@ def test_clap_takes_the_prompts_of_the_manifest(recordings, clap, here, capsys):
     for written in (rows, weighted):                    # as of sample.py, and of extras.control
         (here / "made/manifest.json").write_text(json.dumps(written))
         go(*flags)
-        assert load(here / "s.json")["CLAP"] == pytest.approx(expected, abs=1e-6)
-        assert load(here / "s.json")["list"] == dict(zip(NAMES, CAPTIONS[:2]))
+        assert load(here / "s/scores.json")["CLAP"] == pytest.approx(expected, abs=1e-6)
+        assert load(here / "s/scores.json")["list"] == dict(zip(NAMES, CAPTIONS[:2]))
 
     (here / "made/manifest.json").write_text(json.dumps(rows[:1]))
     refuses(*flags, says=["made/manifest.json", NAMES[1], "without --clap"])
@@ -200,12 +215,12 @@ def test_files_are_cut_to_the_seconds_that_are_asked_for(recordings, here):
         wav -= wav[:32000].mean()
         wav[32000:] = 0
         soundfile.write(here / "made" / name, wav, 16000, "FLOAT")
-    flags = ("score", "--features", "tiny", "--reference", recordings, "--generated", "made",
-             "--json", "s.json", "--seconds")
+    flags = ("score", "--reference", recordings, "--generated", "made",
+             "--out", "s", "--seconds")
     found = []
     for seconds in (2, 10):
         go(*flags, seconds)
-        found.append(load(here / "s.json")["FD"])
+        found.append(load(here / "s/scores.json")["FD"])
     assert found[0] < 0.1 * found[1]
 
 
@@ -231,8 +246,9 @@ def test_auffusions_list_is_read_as_it_is_published(recordings, tmp_path, capsys
     rows = [{"dataset_name": "AudioCaps", "audio_path": f"/data/audiocaps/data/id{i:02d}_30.wav",
              "text": f"clip {i}"} for i in range(5)]
     path = write_lines(tmp_path / "test_audiocaps.raw.json", rows)
-    clips = evaluate.read_clips(str(path), tmp_path / "recordings", 0)
-    assert clips == {"Yid00_30.wav": "clip 0", "id01_30.wav": "clip 1", "Yid02_30.wav": "clip 2"}
+    clips = evaluate.read_clips(str(path), tmp_path / "recordings")
+    assert clips == {"Yid00_30.wav": ["clip 0"], "id01_30.wav": ["clip 1"],
+                     "Yid02_30.wav": ["clip 2"]}
     assert capsys.readouterr().out.endswith(
         f"N = 3 of 5 clips; 2 without a recording in {tmp_path / 'recordings'}: "
         "/data/audiocaps/data/id03_30.wav, /data/audiocaps/data/id04_30.wav\n")
@@ -243,6 +259,7 @@ ID = "abc_12-3_Yz"                                      # as long as AudioSet's
 
 @pytest.mark.parametrize("file, value", [
     (f"Y{ID}.wav", ID), (f"{ID}_30.wav", ID), (f"Y{ID}_30.000_40.000.flac", ID),
+    (f"Y{ID}_30.000_40.000.wav", f"{ID}_30.wav"), (f"{ID}_30.5_40.5.wav", f"Y{ID}_30.5"),
     (f"{ID}.WAV", f"/data/Y{ID}.wav"), (f"Y{ID}.mp3", f"{ID}_30.wav"), (f"{ID}.Ogg", f"{ID}.wav"),
     (f"{ID}_30.wav", f"Y{ID}_30.wav"), ("Rain 2.FLAC", "Rain 2.wav")])
 def test_the_names_of_mirrors_are_found(file, value, here):
@@ -253,7 +270,8 @@ def test_the_names_of_mirrors_are_found(file, value, here):
 
 @pytest.mark.parametrize("files, value", [
     (["Bird_1.wav"], "Bird_3.wav"), (["Rain_sounds_1.wav"], "Rain_sounds_3.wav"),
-    ([f"{ID}_0.wav", f"{ID}_30.wav"], ID), (["a.txt"], "a.wav")])
+    ([f"{ID}_0.wav", f"{ID}_30.wav"], ID), ([f"Y{ID}_3.000_40.000.wav"], f"{ID}_30.wav"),
+    (["a.txt"], "a.wav")])
 def test_another_recording_is_not_taken_for_it(files, value, here):
     for file in files:
         (here / file).write_bytes(b"")
@@ -283,7 +301,6 @@ def test_all_kinds_of_lists_are_read(name, recordings, tmp_path):
     (tmp_path / name).write_text(LISTS[name])
     clips = evaluate.read_clips(str(tmp_path / name), recordings)
     assert clips == {"Yid00.wav": ["one", "two"], "Yid01.wav": ["three", "four"]}
-    assert evaluate.read_clips(str(tmp_path / name), recordings, 1)["Yid01.wav"] == "four"
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -306,11 +323,11 @@ def test_a_bad_list_is_named_with_its_row(name, text, says, recordings, here):
 
 def test_audiocaps_is_resumed_and_notices_another_system(recordings, plain, here, capsys):
     flags = ("audiocaps", "--captions", recordings / "list.csv", "--reference", recordings,
-             "--features", "tiny", "--out", "ac", "--teacher", plain, "--which", 2,
+             "--out", "ac", "--teacher", plain, "--which", 2,
              "--precision", "fp32")
     go(*flags, "--teacher_steps", 10)
     output = capsys.readouterr().out
-    assert f"N = 12 of 13 clips; 1 without a recording in {recordings}: gone\n" in output
+    assert f"N = 12 of 13 clips; 1 without a recording in {recordings}: gone_0\n" in output
     before, row = contents(here / "ac/clips"), load(here / "ac/scores.json")
     assert load(here / "ac/clips/manifest.json")["clips"] == row["list"] == TEXTS
 
@@ -336,8 +353,8 @@ def one(recordings, here, broken):
         (here / "student" / path.name).write_bytes(path.read_bytes())
     about = {"teacher": str(broken), "parameterization": "eps"}
     (here / "student/swiftaudio.json").write_text(json.dumps(about))
-    flags = ("audiocaps", "--captions", "one.jsonl", "--reference", recordings, "--features",
-             "tiny", "--precision", "fp32", "--out")
+    flags = ("audiocaps", "--captions", "one.jsonl", "--reference", recordings, "--precision",
+             "fp32", "--out")
     return (*flags, "t", "--teacher", broken, "--teacher_steps", 1), (*flags, "s", "--student",
                                                                       "student")
 
@@ -384,30 +401,52 @@ def test_vggish_hears_the_mean_of_the_channels_and_its_dc(recordings, here, monk
     def load_network(kind, folder, download):
         def network(wav):
             heard.setdefault(kind, []).append(wav)
-            return wav[:, :8] if kind is metrics.VGGish else (wav[:, :8], wav[:, :8])
+            return wav[:, :8] if kind is VGGish else (wav[:, :8], wav[:, :8])
 
-        network.to = lambda device: network
-        return network, "digest"
+        return ears(kind, network)
 
     monkeypatch.setattr(metrics, "load_network", load_network)
     left = soundfile.read(recordings / NAMES[0], dtype="float32")[0] + 0.25
     (here / "made").mkdir()
     for n in range(2):
         soundfile.write(here / f"made/{n}.wav", np.stack([left, 0 * left], 1), 16000, "FLOAT")
-    go("score", "--generated", "made", "--reference", "made", "--json", "s.json")
-    np.testing.assert_allclose(heard[metrics.VGGish][0][0], left / 2, atol=1e-7)
-    np.testing.assert_allclose(heard[metrics.Cnn14][0][0], left - left.mean(), atol=1e-6)
-    row = load(here / "s.json")
-    assert row["FAD"] == pytest.approx(0, abs=1e-6) and "FAD" not in row["null"]
-    (here / "old.json").write_text(json.dumps({k: v for k, v in row.items() if k != "fad_reads"}))
-    refuses("table", "s.json", "old.json", says=["fad_reads differs", "--anyway"])
+    go("score", "--generated", "made", "--reference", "made", "--out", "s")
+    np.testing.assert_allclose(heard[VGGish][0][0], left / 2, atol=1e-7)
+    np.testing.assert_allclose(heard[Cnn14][0][0], left - left.mean(), atol=1e-6)
+    assert load(here / "s/scores.json")["FAD"] == pytest.approx(0, abs=1e-6)
+
+
+def test_each_score_is_of_its_own_rows(recordings, here):
+    """FD of embeddings, KL of pairs, IS of the generated, FAD of pooled patches, CLAP's mean."""
+    real, made = here / "real", here / "made"
+    for folder, step in ((real, 1), (made, -1)):
+        folder.mkdir()
+        for name, other in zip(NAMES, NAMES[::step]):
+            (folder / name).write_bytes((recordings / other).read_bytes())
+
+    def hear(path, seconds):
+        wav = read_audio(path, seconds)[None]
+        return wav[:, :5], 9 * wav[:, 5:9], wav[0, :30].view(10, 3)
+
+    prompts = {name: str(k) for k, name in enumerate(NAMES)}
+    clap = lambda path, texts, seconds: torch.tensor([float(texts[0]) * (path.parent == made)])
+    args = SimpleNamespace(seconds=2.0, out=here / "s", captions=None, crop_seed=None)
+    evaluate.report(made, real, args, (hear, clap, {}), prompts)
+    row = load(here / "s/scores.json")
+    r, m = (torch.stack([read_audio(folder / name)[:30] for name in NAMES])
+            for folder in (real, made))
+    expected = metrics.scores((r[:, :5], 9 * r[:, 5:9]), (m[:, :5], 9 * m[:, 5:9]))
+    assert row["N"] == 12 and row["CLAP"] == 5.5
+    assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+    fad = metrics.frechet(r.view(-1, 3), m.view(-1, 3))
+    assert row["FAD"] == pytest.approx(fad, rel=1e-5) and fad > 0
 
 
 def test_a_row_names_its_clips_and_the_list(recordings, plain, here, capsys):
     rows = [{"audio_path": f"/data/{name}", "text": "rain falls"} for name in NAMES[:2]]
     write_lines(here / "list.raw.json", rows)
-    go("audiocaps", "--captions", here / "list.raw.json", "--reference", recordings, "--features",
-       "tiny", "--out", "ac", "--teacher", plain, "--teacher_steps", 1)
+    go("audiocaps", "--captions", here / "list.raw.json", "--reference", recordings, "--out", "ac",
+       "--teacher", plain, "--teacher_steps", 1)
     row = load(here / "ac/scores.json")
     assert row["captions"] == "list.raw.json" and row["N"] == 2 and row["crop_seed"] is None
     head, line = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
@@ -419,7 +458,7 @@ def test_a_row_names_its_clips_and_the_list(recordings, plain, here, capsys):
 
 def test_a_clip_depends_on_its_name_and_prompt_not_on_the_rest_of_the_list(
         recordings, plain, here):
-    flags = ("audiocaps", "--reference", recordings, "--features", "tiny", "--teacher", plain,
+    flags = ("audiocaps", "--reference", recordings, "--teacher", plain,
              "--teacher_steps", 1, "--batch_size", 1, "--precision", "fp32")
     for out, names in (("all", NAMES[:3]), ("one", NAMES[2:3])):
         rows = [{"file": name, "text": f"caption of {name}"} for name in names]
@@ -440,8 +479,8 @@ def test_a_clip_depends_on_its_name_and_prompt_not_on_the_rest_of_the_list(
 
 
 def test_a_system_that_cannot_be_is_refused_before_anything_is_written(recordings, here, clap):
-    flags = ("--captions", recordings / "list.csv", "--reference", recordings, "--features",
-             "tiny", "--clap", clap, "--out", "out")
+    flags = ("--captions", recordings / "list.csv", "--reference", recordings, "--clap", clap,
+             "--out", "out")
     for command in ("audiocaps", "clotho"):
         refuses(command, *flags, "--guidance", 3, says=["--guidance", "--teacher_steps"])
         refuses(command, *flags, "--student", here, says=[str(here)])
@@ -457,7 +496,7 @@ def clotho(recordings, plain, here, clap):
         csv.writer(f).writerows([head, *rows])
 
     def run(*flags, out="out"):
-        go("clotho", "--captions", "list.csv", "--reference", recordings, "--features", "tiny",
+        go("clotho", "--captions", "list.csv", "--reference", recordings,
            "--clap", clap, "--seconds", 2.0, "--teacher", plain, "--teacher_steps", 1,
            "--out", out, *flags)
         return load(here / out / "scores.json")
@@ -469,7 +508,7 @@ def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
         clotho, recordings, here, clap):
     row = clotho()
     assert row["N"] == 3 and row["CLAP"] is not None
-    assert row["IS"] is None and row["null"]["IS"] == "fewer than 10 clips"
+    assert row["IS"] is None
     assert row["captions"] == "list.csv" and row["crop_seed"] == 0
 
     path = here / "out/reference" / NAMES[1]

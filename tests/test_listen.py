@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import InputError
 from extras import listen
-from extras.listen import check_folders, page_data, write_page
+from extras.listen import page_data
 from sample import read_manifest
 
 DOG = "a dog </script> \"barks\" & <b>howls</b> 犬"
@@ -40,6 +40,10 @@ def folders(tmp_path):
     return [ours, write_folder(tmp_path / "theirs", [("rain", 0, 0), ("snow", 1, 0)])]
 
 
+def write_page(path, folders, *flags):
+    listen.main([*map(str, folders), "--out", str(path), *flags])
+
+
 def read_page(path):
     """The data in a page; a browser ends the script at the first </script>."""
     script = re.search(r"<script>(.*?)</script>", path.read_text("utf-8"), re.DOTALL)[1]
@@ -53,7 +57,7 @@ def decoded(url, kind):
 
 
 def test_a_page_holds_all_clips_of_all_folders(folders, tmp_path):
-    write_page(tmp_path / "listen.html", folders, blind=False)
+    write_page(tmp_path / "listen.html", folders)
     data, (ours, theirs) = read_page(tmp_path / "listen.html"), folders
     assert data["blind"] is False and data["systems"] == ["ours", "theirs"]
     rows = {(row["prompt"], row["seed"], row["k"]): row["clips"] for row in data["rows"]}
@@ -71,7 +75,7 @@ def test_a_page_holds_all_clips_of_all_folders(folders, tmp_path):
 
 
 def test_a_page_loads_nothing_from_elsewhere(folders, tmp_path):
-    write_page(tmp_path / "listen.html", folders, blind=False)
+    write_page(tmp_path / "listen.html", folders)
     page = tmp_path.joinpath("listen.html").read_text("utf-8")
     assert "http" not in page and page.count("</script>") == 1 and "/*DATA*/" not in page
 
@@ -104,26 +108,25 @@ def test_pages_that_cannot_be_made_are_one_line_and_nothing_is_written(folders, 
 
 def test_one_folder_and_its_files_are_not_touched(folders, tmp_path):
     before = {p: p.read_bytes() for p in folders[0].iterdir()}
-    write_page(folders[0] / "listen.html", folders[:1], blind=False)
+    write_page(folders[0] / "listen.html", folders[:1])
     assert {p: p.read_bytes() for p in folders[0].iterdir() if p.name != "listen.html"} == before
     assert page_data(folders[:1], False)["systems"] == ["ours"]
 
 
 def test_folders_that_cannot_be_shown_are_named(folders, tmp_path):
     ours, theirs = folders
-    check_folders(folders)
     twin = shutil.copytree(theirs, tmp_path / "more/ours")
     for shown, says in (([ours, tmp_path / "nowhere"], "nowhere: holds no manifest.json"),
                         ([ours, twin], "same name"), ([ours, ours], "same name"),
                         ([ours, theirs, theirs], "same name")):
         with pytest.raises(InputError, match=says):
-            check_folders(shown)
+            page_data(shown, False)
 
     for name in ("0.wav", "1.png"):
         content = (theirs / name).read_bytes()
         (theirs / name).unlink()
         with pytest.raises(InputError, match=f"{name}: is missing"):
-            write_page(tmp_path / "listen.html", folders, blind=False)
+            write_page(tmp_path / "listen.html", folders)
         (theirs / name).write_bytes(content)
     assert not (tmp_path / "listen.html").exists()
 
@@ -156,7 +159,7 @@ def in_browser(page, script, tmp_path):
 
 @pytest.mark.skipif(not CHROME, reason="needs Chromium")
 def test_the_page_in_a_browser(folders, tmp_path):
-    write_page(tmp_path / "listen.html", folders, blind=False)
+    write_page(tmp_path / "listen.html", folders)
     dom = in_browser(tmp_path / "listen.html", """
         const all = (tag, test) => [...document.querySelectorAll(tag)].every(test);
         document.title = all('img', i => i.naturalWidth > 0) + ' '
@@ -170,7 +173,7 @@ def test_the_page_in_a_browser(folders, tmp_path):
 
 @pytest.mark.skipif(not CHROME, reason="needs Chromium")
 def test_the_blind_test_in_a_browser(folders, tmp_path):
-    write_page(tmp_path / "listen.html", folders, blind=True)
+    write_page(tmp_path / "listen.html", folders, "--blind")
     dom = in_browser(tmp_path / "listen.html", """
         const button = document.getElementById('save'), before = button.disabled;
         const audio = document.querySelector('audio');
