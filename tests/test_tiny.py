@@ -17,6 +17,7 @@ import train
 from data import InputError
 from extras.metrics import load_classifier
 from model import TINY
+from recipes import energy
 from tiny import ablate, control, make, score, world
 
 
@@ -447,21 +448,31 @@ def test_a_file_like_audiocaps_is_read_at_once_and_trained_on(tmp_path):
 
 # ---- ablations and control ---------------------------------------------------------------------
 
-def test_a_second_ablation_reads_the_first_one_s_runs_and_refuses_another_s(
+def test_an_ablation_s_students_are_scored_on_several_lists_and_trained_once(
         tmp_path, capsys, monkeypatch):
-    def go(clips, *more):
+    def go(*more, clips=12):
         ablate.main(["table5", "--only", "100 captions", "--steps", "1", "--seeds", "2",
                      "--out", str(tmp_path), "--clips", str(clips), *more])
         return capsys.readouterr().out.splitlines()
 
-    first = go(12)
-    assert "N = 12 held-out captions, second list, 2 seeds, 1 steps" in first and "±" in first[-1]
-    monkeypatch.setattr(train, "main", None)
-    assert go(12)[-1] == first[-1]
+    second = go()
+    title = "N = 12 held-out captions, {} list, 2 seeds, 1 steps".format
+    assert title("second") in second and "±" in second[-1]
+    monkeypatch.setattr(train, "main", None)            # from here on nothing is trained
+    both = go("--list", "third", "second")
+    assert [line for line in both if line[:3] == "N ="] == [title("third"), title("second")]
+    third, again = [line for line in both if line.startswith("| 100 captions")][1::2]
+    assert again == second[-1] != third
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "measure", None)           # nor scored
+        assert go("--list", "third")[-1] == third
+    folder = tmp_path / "1 steps/lora_weighting_alpha2_max_captions_100/seed 0"
+    about = json.loads((folder / "student/swiftaudio.json").read_text())
+    (folder / "student/swiftaudio.json").write_text(json.dumps(about | {"step": 0}))
+    with pytest.raises(TypeError, match="NoneType"):    # it was not finished
+        go("--list", "first")
     with pytest.raises(InputError, match="holds a run with other flags"):
-        go(16)
-    with pytest.raises(InputError, match="holds a run with other flags"):
-        go(12, "--list", "first")
+        go("--list", "first", clips=16)
     with pytest.raises(InputError, match="table5 has no row '90 captions'"):
         ablate.main(["table5", "--only", "90 captions"])
     with pytest.raises(InputError, match="--seeds"):
@@ -477,10 +488,10 @@ def test_a_row_of_a_recipe_is_trained_on_the_clips_of_all_rows_and_may_be_stoppe
     assert (tmp_path / "clips of seed 0.safetensors").exists()
     assert "| default | " in capsys.readouterr().out
     monkeypatch.setitem(ablate.TABLES, "energy", {"default": f"{row} --seed 0"})
-    monkeypatch.setattr(ablate.energy, "main", lambda words: 128 + 2)
+    monkeypatch.setattr(energy, "main", lambda words: 128 + 2)
     with pytest.raises(SystemExit) as stopped:
         ablate.main(command)
-    assert stopped.value.code == 130 and not list(tmp_path.glob("*/*seed_0/seed 0/row.json"))
+    assert stopped.value.code == 130 and not list(tmp_path.glob("*/*seed_0/seed 0/row*"))
 
 
 def test_the_rows_of_all_tables_have_flags_that_exist():
