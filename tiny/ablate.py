@@ -110,12 +110,8 @@ def queries(args, rows):
     teacher |= {f"teacher, {steps} steps": score.load_teacher(steps) for steps in QUERIES}
     students = [{name: score.load_student(name.replace("{seed}", str(seed)))[2]
                  for name in args.student} for seed in range(args.seeds)]
-    found = {}
-    for seed, student in enumerate(students):
-        measured = score.measure({**teacher, **student}, rows, seed)
-        for name, row in {**score.floor(rows, seed), **measured}.items():
-            found.setdefault(name, []).append(row)
-    return found
+    systems = [{**teacher, **student} for student in students]
+    return score.beside_floor(systems, rows, range(args.seeds))
 
 
 def main(argv=None):
