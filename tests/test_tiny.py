@@ -17,7 +17,8 @@ import train
 from data import InputError
 from extras.metrics import load_classifier
 from model import TINY
-from tiny import ablate, control, make, score, world
+from recipes import energy
+from tiny import ablate, make, score, world
 
 
 @pytest.fixture
@@ -96,18 +97,11 @@ def test_then_keeps_the_halves_apart_and_while_does_not(monkeypatch, join):
         assert any(after > 0.9 for _, after in dogs)
 
 
-def test_make_writes_the_settings_that_are_shipped(tmp_path, monkeypatch):
-    assert make.SETTINGS == json.loads((TINY / "swiftaudio.json").read_text())
-    for part in ("unet", "vae"):
-        (tmp_path / part).mkdir()
-        config = json.loads((TINY / part / "config.json").read_text())
-        (tmp_path / part / "config.json").write_text(json.dumps({"_name_or_path": "x", **config}))
+def test_a_network_is_saved_as_it_is_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "TEACHER", tmp_path)
-    make.stage_settings()
-    written = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(written) == 5
-    for path in written:
-        assert path.read_text() == (TINY / path.relative_to(tmp_path)).read_text(), path
+    make.save(model.load_unet(TINY), "unet")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "unet" / name).read_bytes() == (TINY / "unet" / name).read_bytes()
 
 
 # ---- the classifier and the scores -------------------------------------------------------------
@@ -169,7 +163,7 @@ def test_ratios_are_taken_with_and_without_the_floor():
     table = {score.FLOOR_ROW: {"FD": 10.0}, "before": {"FD": 400.0},
              "teacher, 25 steps": {"FD": 20.0, "KL": 2.0, "FD to teacher": 11.0},
              "student": {"FD": 45.0, "KL": 2.4, "FD to teacher": 30.0}}
-    assert score.ratios(table, 25) == (
+    assert score.ratios(table) == (
         "student / teacher: FD 2.25, FD above the floor of 10.0 3.50, KL 1.20. "
         "FD to teacher is 19.0 above its floor of 11.0")
 
@@ -195,39 +189,47 @@ def test_the_shipped_rows_are_those_measured_when_the_world_was_built():
         assert teacher["FD to teacher"] < real["FD to teacher"] < 30
 
 
-def test_a_list_is_measured_behind_those_that_are_there(tmp_path, monkeypatch):
-    """Rows of the reference before it keep their values, and nothing else in baselines.json moves.
-    """
-    for name in ("reference.safetensors", "baselines.json"):
-        shutil.copy(TINY.parent / name, tmp_path)
-    still = SimpleNamespace(
-        latents=lambda z_T, text: z_T, noise=lambda numbers, seed: torch.zeros(len(numbers), 1),
-        encode_text=list, decoder=SimpleNamespace(decode=lambda x0: torch.zeros(len(x0), 64, 256)))
-    monkeypatch.setattr(score, "load_teacher", lambda *how, **more: still)
-    monkeypatch.setattr(score, "real", lambda rows, seed: torch.zeros(len(rows), 64, 256))
-    monkeypatch.setattr(score, "HERE", tmp_path)
-    monkeypatch.setattr(make, "HERE", tmp_path)
-    before = load_file(TINY.parent / "reference.safetensors")
-    make.stage_baselines("third", (0,))
-    after = load_file(tmp_path / "reference.safetensors")
-    for key, x in before.items():
-        assert after[key].shape[0] == 1536 and after[key].dtype == torch.float16
-        assert torch.equal(after[key][:1024], x[:1024])
-        assert (after[key][1024:] == after[key][-1]).all()
+def test_what_is_shipped_of_the_lists_stands_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "load_teacher", lambda steps: None)
+    monkeypatch.setattr(score, "real", lambda rows, seed: torch.tensor([n for n, *_ in rows]))
+    monkeypatch.setattr(score, "generate", lambda system, rows, name, seed: torch.tensor(
+        [n + seed for n, *_ in rows]))
+    monkeypatch.setattr(score, "features", lambda classifier, mels: (
+        mels[:, None].expand(-1, 128), 2 * mels[:, None].expand(-1, 28)))
+    monkeypatch.setattr(score, "baselines", lambda rows, seeds: {
+        "real": dict.fromkeys(score.DIGITS, rows[0][0]), "seeds": dict.fromkeys(
+            score.DIGITS, len(seeds))})
+    for module in (make, score):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    make.stage_baselines()
+    heard = load_file(tmp_path / "reference.safetensors")
+    for key, first in (("embeddings", 0), ("logits", 0), ("teacher", score.TEACHER_SEED)):
+        shipped = load_file(TINY.parent / "reference.safetensors")[key]
+        assert heard[key].shape == shipped.shape and heard[key].dtype == shipped.dtype
+        expected = (1 + (key == "logits")) * torch.arange(first, first + 1536)
+        assert torch.equal(heard[key][:, 0], expected.half())
     old, new = (json.loads((folder / "baselines.json").read_text())
                 for folder in (TINY.parent, tmp_path))
-    assert new.pop("third list")["teacher, 25 steps"]["FD"] == pytest.approx(0, abs=1e-3)
-    old.pop("third list")
+    for k, name in enumerate(("systems", "second list", "third list")):
+        assert new.pop(name) == {"real": dict.fromkeys(score.DIGITS, 512 * k),
+                                 "seeds": dict.fromkeys(score.DIGITS, 1 if k else 3)}
+        old.pop(name)
     assert old == new
 
 
-def test_a_student_is_the_tiny_teacher_s_by_name_by_folder_or_by_weights(plain):
+def test_a_student_is_the_tiny_teacher_s_by_name_or_by_weights(student, plain):
     weights = train.fingerprint(model.load_unet(TINY))
-    for fine, about in ((True, {"teacher": "tiny"}), (True, {"teacher": str(TINY)}),
-                        (True, {"teacher": "gone", "flags": {"teacher's weights": weights}}),
-                        (False, {"teacher": "gone", "flags": {"teacher's weights": "0" * 16}}),
-                        (False, {"teacher": "gone"}), (False, {"teacher": str(plain)})):
-        assert score.is_of_tiny(about) == fine
+    about = json.loads((student / "swiftaudio.json").read_text())
+    for fine, teacher, flags in (
+            (True, "gone", {"teacher's weights": weights}), (False, "gone", {}),
+            (False, "gone", {"teacher's weights": "0" * 16}), (False, str(plain), {})):
+        (student / "swiftaudio.json").write_text(
+            json.dumps(about | {"teacher": teacher, "flags": flags}))
+        if fine:
+            assert score.load_student(student)[1]["teacher"] == teacher
+        else:
+            with pytest.raises(InputError, match="no student that train.py made of the tiny"):
+                score.load_student(student)
 
 
 @pytest.mark.slow
@@ -241,14 +243,16 @@ def test_the_shipped_rows_are_measured_again_alike():
 def test_a_student_is_scored_beside_the_shipped_rows_or_those_measured_again(
         student, capsys, monkeypatch):
     """With --all the student that learned nothing scores like the teacher in one step."""
-    score.main([str(student), "--clips", "12", "--all", "--steps", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "STEPS", 2)
+        score.main([str(student), "--clips", "12", "--all"])
     table = json.loads((student.parent / "scores.json").read_text())
     assert (table["clips"], table["list"]) == (12, "first") and list(table["systems"]) == [
-        "real audio, rendered again", "teacher, 2 steps", "student before (teacher, 1 step)",
+        "real audio, rendered again", "teacher, 25 steps", "student before (teacher, 1 step)",
         "student after 7 steps"]
     real, _, before, after = table["systems"].values()
     assert after == before and 0 < real["FD"] < before["FD"]
-    assert Image.open(student.parent / "spectrograms.png").size == (4 * 384, 6 * 144 + 20)
+    assert Image.open(student.parent / "spectrograms.png").size == (4 * 400, 6 * 144 + 20)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == "N = 12 held-out captions FD KL IS FD to teacher".split()
     assert lines[5].split() == ["student", "after", "7", "steps", *score.cells(after)]
@@ -260,6 +264,7 @@ def test_a_student_is_scored_beside_the_shipped_rows_or_those_measured_again(
     monkeypatch.setattr(score, "sample_sheet", lambda *args: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(score, "measure", lambda systems, rows, seed: {
         name: {"FD": 48.749, "KL": 2.333, "IS": None, "FD to teacher": 30.1} for name in systems})
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     score.main([str(student)])                                      # all 512: the rows are shipped
     shipped = json.loads((score.HERE / "baselines.json").read_text())
     fd_of_teacher = shipped["systems"]["teacher, 25 steps"]["FD"]
@@ -291,19 +296,17 @@ def test_one_seed_s_row_is_itself_and_several_have_a_spread():
                                                 "11.4 +- 0.0"]
 
 
-def test_captions_in_the_picture_end_within_their_tile():
+def test_captions_in_the_picture_end_within_their_tile(monkeypatch):
+    held = {text: (0, text, events, join) for name in world.LISTS
+            for text, events, join in world.held_out(name)}
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    long = "a small dog barks three times followed by a big bell ringing three times " * 2
-    cut = score.shorten(draw, long, 200)
-    assert cut.endswith("...") and long.startswith(cut[:-3]) and draw.textlength(cut) <= 200
-    more = long[:len(cut) - 3 + 2] + "..."                          # a space may have been dropped
-    assert draw.textlength(more) > 200
-    assert score.shorten(draw, "rain falls", 200) == "rain falls"
-
-    mels = torch.zeros(1, 64, 256)
-    image = score.sheet([long], {"first": mels, "second": mels})
-    gap = np.asarray(image)[24:38, 384 - 8:384 + 8]                 # between two captions
-    assert (gap == 255).all() and (np.asarray(image)[24:38, 8:384 - 8] < 255).any()
+    longest = held[max(held, key=draw.textlength)]
+    silence = torch.zeros(1, 64, 256)
+    monkeypatch.setattr(score, "real", lambda rows, seed: silence)
+    monkeypatch.setattr(score, "generate", lambda *args: silence)
+    image = np.asarray(score.sheet({"a system": None}, [longest], 0))
+    gap = image[24:40, 400 - 8:400 + 8]                             # between two captions
+    assert image.shape[1] == 800 and (gap == 255).all() and (image[24:40, 8:390] < 255).any()
 
 
 def test_diversity_is_the_mean_distance_of_a_caption_s_pairs():
@@ -319,8 +322,9 @@ def test_diversity_is_the_mean_distance_of_a_caption_s_pairs():
     assert found["still"] == pytest.approx(0, abs=1e-2) and found["real audio"] > 1
 
 
-def test_diversity_of_a_student_is_printed(student, capsys):
-    score.main([str(student), "--diversity", "2", "--clips", "4", "--steps", "2"])
+def test_diversity_of_a_student_is_printed(student, capsys, monkeypatch):
+    monkeypatch.setattr(score, "STEPS", 2)
+    score.main([str(student), "--diversity", "2", "--clips", "4"])
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith("2 captions, 2 clips each: real audio") and "student / teacher" in line
 
@@ -330,19 +334,19 @@ def test_score_s_flags_reach_what_they_are_for(student, monkeypatch):
     numbers = lambda rows: [n for n, *_ in rows]
     monkeypatch.setattr(score, "measure", lambda systems, rows, seed: asked.append(
         (numbers(rows), seed)) or dict.fromkeys(systems, row))
-    monkeypatch.setattr(score, "baselines", lambda rows, seeds, steps: asked.append(
-        (numbers(rows), seeds, steps)) or {})
-    monkeypatch.setattr(score, "sample_sheet", lambda *args: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(score, "baselines", lambda rows, seeds: asked.append(
+        (numbers(rows), seeds)) or {})
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(score, "diversity", lambda systems, rows, each, seed: asked.append(
         (numbers(rows), each, seed)) or {"student": 1, "teacher": 2})
     monkeypatch.setattr(score, "load_teacher", lambda steps, **more: asked.append(steps))
-    common = [str(student), "--seed", "5", "--steps", "4"]
+    common = [str(student), "--seed", "5"]
     score.main([*common, "--list", "third", "--kind", "unseen", "--clips", "4", "--all"])
     rows = numbers(score.held_out(4, "third", "unseen"))
-    assert asked[:2] == [(rows, [5], 4), (rows, 5)]
+    assert asked[:2] == [(rows, [5]), (rows, 5)]
     asked.clear()
     score.main([*common, "--list", "second", "--kind", "seen", "--clips", "8", "--diversity", "4"])
-    assert asked == [4, (numbers(score.held_out(2, "second", "seen")), 4, 5)]
+    assert asked == [25, (numbers(score.held_out(2, "second", "seen")), 4, 5)]
 
 
 def test_a_student_s_clips_are_of_the_seed_s_noise_and_at_its_own_t(student):
@@ -358,7 +362,7 @@ def test_a_student_s_clips_are_of_the_seed_s_noise_and_at_its_own_t(student):
     torch.testing.assert_close(score.generate(system, rows, "", 5), clips, rtol=1e-3, atol=1e-2)
 
 
-def test_what_cannot_be_scored_is_refused_in_one_line(student, plain, tmp_path):
+def test_what_cannot_be_scored_is_refused_in_one_line(student, tmp_path):
     (tmp_path / "empty").mkdir()
     for flags, says in {
         (str(tmp_path / "empty"),): "neither a student",
@@ -367,7 +371,6 @@ def test_what_cannot_be_scored_is_refused_in_one_line(student, plain, tmp_path):
         (str(student), "--clips", "0"): "--clips",
         (str(student), "--seed", "-1"): "--seed",
         (str(student), "--list", "fourth"): "--list",
-        (str(student), "--steps", "10"): "--steps goes with --all",
         (str(student), "--diversity", "1"): "--diversity",
         (str(student), "--diversity", "8", "--clips", "4"): "--diversity 8 needs",
         (str(student), "--diversity", "8", "--all"): "not allowed with",
@@ -376,12 +379,6 @@ def test_what_cannot_be_scored_is_refused_in_one_line(student, plain, tmp_path):
             score.main(list(flags))
         assert says in str(stopped.value) and "\n" not in str(stopped.value)
 
-    about = json.loads((student / "swiftaudio.json").read_text())
-    (student / "swiftaudio.json").write_text(json.dumps({**about, "teacher": str(plain)}))
-    with pytest.raises(InputError, match="no student that train.py made of the tiny teacher"):
-        score.main([str(student)])
-    with pytest.raises(InputError, match="no student of the tiny teacher"):
-        control.load(plain)
     assert not (student.parent / "scores.json").exists()
 
 
@@ -446,23 +443,33 @@ def test_a_file_like_audiocaps_is_read_at_once_and_trained_on(tmp_path):
     assert code == 0 and "50000 captions used" in output, output
 
 
-# ---- ablations and control ---------------------------------------------------------------------
+# ---- ablations ---------------------------------------------------------------------------------
 
-def test_a_second_ablation_reads_the_first_one_s_runs_and_refuses_another_s(
+def test_an_ablation_s_students_are_scored_on_several_lists_and_trained_once(
         tmp_path, capsys, monkeypatch):
-    def go(clips, *more):
+    def go(*more, clips=12):
         ablate.main(["table5", "--only", "100 captions", "--steps", "1", "--seeds", "2",
                      "--out", str(tmp_path), "--clips", str(clips), *more])
         return capsys.readouterr().out.splitlines()
 
-    first = go(12)
-    assert "N = 12 held-out captions, second list, 2 seeds, 1 steps" in first and "±" in first[-1]
-    monkeypatch.setattr(train, "main", None)
-    assert go(12)[-1] == first[-1]
+    second = go()
+    title = "N = 12 held-out captions, {} list, 2 seeds, 1 steps".format
+    assert title("second") in second and "±" in second[-1]
+    monkeypatch.setattr(train, "main", None)            # from here on nothing is trained
+    both = go("--list", "third", "second")
+    assert [line for line in both if line[:3] == "N ="] == [title("third"), title("second")]
+    third, again = [line for line in both if line.startswith("| 100 captions")][1::2]
+    assert again == second[-1] != third
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "measure", None)           # nor scored
+        assert go("--list", "third")[-1] == third
+    folder = tmp_path / "1 steps/lora_weighting_alpha2_max_captions_100/seed 0"
+    about = json.loads((folder / "student/swiftaudio.json").read_text())
+    (folder / "student/swiftaudio.json").write_text(json.dumps(about | {"step": 0}))
+    with pytest.raises(TypeError, match="NoneType"):    # it was not finished
+        go("--list", "first")
     with pytest.raises(InputError, match="holds a run with other flags"):
-        go(16)
-    with pytest.raises(InputError, match="holds a run with other flags"):
-        go(12, "--list", "first")
+        go("--list", "first", clips=16)
     with pytest.raises(InputError, match="table5 has no row '90 captions'"):
         ablate.main(["table5", "--only", "90 captions"])
     with pytest.raises(InputError, match="--seeds"):
@@ -478,10 +485,10 @@ def test_a_row_of_a_recipe_is_trained_on_the_clips_of_all_rows_and_may_be_stoppe
     assert (tmp_path / "clips of seed 0.safetensors").exists()
     assert "| default | " in capsys.readouterr().out
     monkeypatch.setitem(ablate.TABLES, "energy", {"default": f"{row} --seed 0"})
-    monkeypatch.setattr(ablate.energy, "main", lambda words: 128 + 2)
+    monkeypatch.setattr(energy, "main", lambda words: 128 + 2)
     with pytest.raises(SystemExit) as stopped:
         ablate.main(command)
-    assert stopped.value.code == 130 and not list(tmp_path.glob("*/*seed_0/seed 0/row.json"))
+    assert stopped.value.code == 130 and not list(tmp_path.glob("*/*seed_0/seed 0/row*"))
 
 
 def test_the_rows_of_all_tables_have_flags_that_exist():
@@ -506,6 +513,7 @@ def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
 
 def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
     row, trained, measured, names = dict.fromkeys(score.DIGITS, 1.0), [], [], []
+    rendered = []
 
     def main(words):
         trained.append(train.parse_args(words))
@@ -514,7 +522,8 @@ def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(score, "load_student", lambda name: names.append(name) or [None] * 3)
     monkeypatch.setattr(score, "load_teacher", lambda *args, **more: None)
-    monkeypatch.setattr(score, "floor", lambda rows, seed: {})
+    monkeypatch.setattr(score, "scored", lambda rows, mels: row)
+    monkeypatch.setattr(score, "real", lambda rows, seed: rendered.append(seed))
     monkeypatch.setattr(score, "measure", lambda systems, rows, seed: measured.append(
         ([n for n, *_ in rows], seed)) or dict.fromkeys(systems, row))
     ablate.main(["table5", "--only", "500 captions", "--steps", "7", "--seeds", "2", "--clips", "2",
@@ -527,56 +536,4 @@ def test_ablate_s_flags_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
     names.clear()
     ablate.main(["queries", "--seeds", "2", "--clips", "2", "--student", "out{seed}/student"])
     assert names == ["out0/student", "out1/student"]
-
-
-def test_control_s_measurements_compare_what_they_say(monkeypatch, capsys):
-    made, lengths, pairs = [], [], control.pairs
-    noise = lambda numbers, seed: torch.full((len(numbers), 4, 8, 32), float(seed))
-
-    def make(system, captions, z_T):
-        made.append((captions, z_T))
-        return torch.rand(len(captions), 64, round(100 * (lengths[-1] or 2.56)))
-
-    system = SimpleNamespace(noise=noise, encode_text=list)
-    monkeypatch.setattr(control, "load", lambda student, seconds=None: lengths.append(
-        seconds) or system)
-    monkeypatch.setattr(control, "make", make)
-    monkeypatch.setattr(control, "heard", lambda mels, events: torch.ones(len(events)))
-    monkeypatch.setattr(control, "pairs", lambda n: pairs(2))
-    control.sweep("out")
-    for w, (captions, _) in zip((0, 0.5, 1, 1.5, 2, 3, 4), made, strict=True):
-        assert captions == [f"({a}:{w}) {join} {b}" for _, a, join, _, b in pairs(2)]
-    made.clear()
-    control.refine("out")
-    (words, z), (longer, same), (again, other) = made
-    assert torch.equal(z, same) and not torch.equal(z, other) and longer == again
-    assert all(b.startswith(f"{a} while ") for a, b in zip(words, longer, strict=True))
-    lengths.clear()
-    control.length("out")
-    assert lengths == [0.64, 1.28, 2.56, 5.12, 10.24, 20.48]
-
-    monkeypatch.setattr(control, "invert", lambda latents, x0, z: (torch.full_like(z, 7), None))
-    found = control.noises_of(system, torch.randn(1, 4, 8, 32), ["a dog barks"])
-    for s, expected in ((0, 7), (0.4, 0.84 ** 0.5 * 7 + 0.4)):
-        for name in ("its caption", "no words"):
-            z_T = found[f"inverted with {name}, strength {s}"]
-            torch.testing.assert_close(z_T, torch.full_like(z_T, expected))
-
-
-def test_control_hears_the_right_events(monkeypatch, capsys, tmp_path):
-    """Its measurements run, on a few captions, with the teacher itself as a one-step student."""
-    texts, pairs = {text for text, _, _ in world.captions()[1]}, control.pairs
-    assert all(f"{a} {join} {b}" in texts for _, a, join, _, b in pairs(16))
-    monkeypatch.setattr(control, "pairs", lambda n: pairs(4))
-    figure = tmp_path / "figure.png"
-    control.main(["sweep", "--student", str(TINY), "--figure", str(figure)])
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    assert rows[1:] == ["0", "0.5", "1", "1.5", "2", "3", "4"] and figure.exists()
-    with pytest.raises(InputError, match="--figure goes with sweep or refine"):
-        control.main(["edit", "--figure", str(figure)])
-
-    held = score.held_out(512)[:24]
-    events, mels = [events[0][0] for _, _, events, _ in held], score.real(held, 9)
-    assert control.heard(mels, events).mean() > 0.8
-    assert control.heard(mels, events[1:] + events[:1]).mean() < 0.4
+    assert rendered == [score.FLOOR, score.FLOOR + 1]

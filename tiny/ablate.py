@@ -2,13 +2,15 @@
 
     python -m tiny.ablate table4            # the paper's Table IV; table5: number of captions
     python -m tiny.ablate levers --steps 200 --seeds 1      # one flag of the tiny default at a time
-    python -m tiny.ablate objectives        # VSD, ARC and the energy score in five minutes
+    python -m tiny.ablate objectives --list second third    # VSD and the recipes, at equal cost
     python -m tiny.ablate energy            # parts of the energy score; arc: of ARC
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
 
-Scored on the second held-out list, as such tables choose things. Runs are kept under --out and not
-made again. --steps is short by default: what is compared is the order, at equal cost.
+Such tables choose things, so they are scored on the second held-out list; the third is to report a
+choice by. Students and scores stay under --out and are not made again. --steps is short by
+default: what is compared is the order, at equal cost.
 """
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,7 +18,6 @@ from pathlib import Path
 import train
 from data import Parser, cli, number, read_json, replace_text, require
 from model import TINY, read_settings
-from recipes import arc, energy
 from tiny import score, world
 
 # name: flags that differ from the tiny default (tiny/teacher/swiftaudio.json), behind the name of
@@ -25,6 +26,7 @@ EQ8, T625 = "--lora_weighting alpha2", "--student_t 625"
 # Steps that make a row as dear as 480 steps of VSD, or 200, with the 512 clips of the teacher.
 ENERGY = f"energy {T625} --clips 512 --beta1 0.9 --lr 3e-4 --batch_size 24 --max_steps"
 ARC = f"arc {T625} --clips 512 --lr 1e-4 --d_first 20 --max_steps"
+CONSISTENCY = "consistency --clips 512 --max_steps 480"
 
 
 def rows_of(base, changes):
@@ -36,7 +38,6 @@ TABLES = {
     "table4": {
         "tiny default: eq. 8 weighted like v": "",
         "eq. 8 as in the paper, and below": EQ8,
-        "w/o eq. 1 (direct)": f"{EQ8} --parameterization direct",
         "LoRA rank 2": f"{EQ8} --lora_rank 2 --lora_alpha 2",
         "LoRA rank 64": f"{EQ8} --lora_rank 64 --lora_alpha 64",
         "TV l1, 0.05 (the paper's)": f"{EQ8} --tv l1 --tv_weight 0.05",
@@ -44,13 +45,14 @@ TABLES = {
         "LoRA teacher guided too (the paper's)": f"{EQ8} --lora_guidance 2",
     },
     "table5": {f"{n} captions": f"{EQ8} --max_captions {n}" for n in (100, 500, 2000, 6000)},
-    "levers": rows_of("", f"{T625}, {EQ8}, --weighting dmd, --lora_targets linear, "
+    "levers": rows_of("", f"{T625}, {EQ8}, --lora_targets linear, "
                       "--lora_targets qv --lora_rank 64 --lora_alpha 128, --lora_lr 1e-3, "
                       "--lora_lr 4e-3, --lr 1e-4, --lr 4e-4, --warmup 0, --guidance 1, "
                       "--guidance 3, --beta1 0.9 --beta2 0.999, --ema 0, --t_min 200, --t_max 801, "
                       "--lora_drop 0"),
     "objectives": {"VSD": "--max_steps 480", "VSD at t = 625": f"--max_steps 480 {T625}",
-                   "energy": f"{ENERGY} 436", "ARC": f"{ARC} 385"},
+                   "energy": f"{ENERGY} 436", "ARC": f"{ARC} 385",
+                   "consistency": CONSISTENCY},
     "energy": rows_of(f"{ENERGY} 200", "--patch 2, --patch 8, --patch 32, "
                       "--samples 3 --batch_size 16"),
     "arc": rows_of(f"{ARC} 200", "--contrast 0, --r1 0, --r1 0 --r2 0, "
@@ -65,30 +67,33 @@ def line(name, found):
 
 
 def program(flags):
-    """What a row's flags are of: (train or a recipe, its words)."""
+    """What a row's flags are of: (train or a recipe's module, its words)."""
     words = flags.split()
-    recipe = {"arc": arc, "energy": energy}.get(words[0] if words else "")
-    return (recipe, words[1:]) if recipe else (train, words)
+    if not words or words[0].startswith("--"):
+        return train, words
+    return importlib.import_module(f"recipes.{words[0]}"), words[1:]
 
 
-def distil(flags, args, seed, rows):
-    """Train a student with these flags and score it, or read its scores if --out holds them.
+def distil(flags, args, seed, name, rows):
+    """Train a student with these flags and score it on list `name`, unless --out holds either.
 
-    InputError where they are there but of other flags, defaults or captions.
+    InputError where --out holds scores of other flags, defaults or number of captions.
     """
-    name = flags.replace("--", "").replace(" ", "_") or "default"
-    out = args.out / f"{args.steps} steps" / name / f"seed {seed}"
-    key = {"flags": flags, "defaults": read_settings(TINY), "clips": len(rows), "list": args.list}
-    if (path := out / "row.json").exists():
-        found = read_json(path)
-        require(found["key"] == key, f"{out}: holds a run with other flags, defaults or captions; "
-                "choose another --out")
-        return found
+    folder = flags.replace("--", "").replace(" ", "_") or "default"
+    out = args.out / f"{args.steps} steps" / folder / f"seed {seed}"
+    key = {"flags": flags, "defaults": read_settings(TINY), "clips": args.clips}
+    for path in out.glob("row *.json"):                 # of any list
+        require(read_json(path)["key"] == key, f"{out}: holds a run with other flags, defaults or "
+                "--clips; choose another --out")
+    if (path := out / f"row {name}.json").exists():
+        return read_json(path)
     module, words = program(flags)
-    common = ["--teacher", "tiny", "--seed", seed, "--out_dir", out, "--max_steps", args.steps]
+    command = ["--teacher", "tiny", "--seed", seed, "--out_dir", out, "--max_steps", args.steps]
     if module is not train:                             # the teacher's clips serve all rows
-        common += ["--cache", args.out / f"clips of seed {seed}.safetensors"]
-    if code := module.main([*map(str, common), *words]):
+        command += ["--cache", args.out / f"clips of seed {seed}.safetensors"]
+    command, about = [*map(str, command), *words], out / "student/swiftaudio.json"
+    done = read_json(about)["step"] if about.exists() else 0
+    if done < module.parse_args(command).max_steps and (code := module.main(command)):
         sys.exit(code)                                  # it was stopped
     student = {"student": score.load_student(out / "student")[2]}
     found = {"key": key, **score.measure(student, rows, seed)["student"]}
@@ -105,12 +110,8 @@ def queries(args, rows):
     teacher |= {f"teacher, {steps} steps": score.load_teacher(steps) for steps in QUERIES}
     students = [{name: score.load_student(name.replace("{seed}", str(seed)))[2]
                  for name in args.student} for seed in range(args.seeds)]
-    found = {}
-    for seed, student in enumerate(students):
-        measured = score.measure({**teacher, **student}, rows, seed)
-        for name, row in {**score.floor(rows, seed), **measured}.items():
-            found.setdefault(name, []).append(row)
-    return found
+    systems = [{**teacher, **student} for student in students]
+    return score.beside_floor(systems, rows, range(args.seeds))
 
 
 def main(argv=None):
@@ -121,7 +122,7 @@ def main(argv=None):
     add("--steps", type=count, default=300, help="of training")
     add("--seeds", type=count, default=3, help="how many, from 0")
     add("--clips", type=count, default=512, help="held-out captions")
-    add("--list", choices=world.LISTS, default="second", help="which held-out list")
+    add("--list", choices=world.LISTS, nargs="+", default=["second"], help="held-out lists")
     add("--student", nargs="*", default=[],
         help="queries: beside the teacher; out{seed}/student is another one for each seed")
     add("--out", type=Path, default=Path("ablations"), help="folder of the runs")
@@ -131,15 +132,21 @@ def main(argv=None):
         require(name in table, f"--only: {args.table} has no row {name!r}; its rows: "
                 f"{', '.join(table)}")
 
-    rows = score.held_out(args.clips, args.list)
+    for name in args.list:
+        report(args, table, name)
+
+
+def report(args, table, name):
+    """Print a table of the students, or of queries(), scored on a held-out list."""
+    rows = score.held_out(args.clips, name)
     found = queries(args, rows) if args.table == "queries" else {}
-    for name in args.only or table:
-        found[name] = [distil(table[name], args, seed, rows) for seed in range(args.seeds)]
-        print(line(name, found[name]), flush=True)
-    print(f"\nN = {len(rows)} held-out captions, {args.list} list, {args.seeds} seeds"
+    for row in args.only or table:
+        found[row] = [distil(table[row], args, seed, name, rows) for seed in range(args.seeds)]
+        print(line(row, found[row]), flush=True)
+    print(f"\nN = {len(rows)} held-out captions, {name} list, {args.seeds} seeds"
           + f", {args.steps} steps" * (args.table != "queries"))
     print(f"| | {' | '.join(score.DIGITS)} |\n|---" + "|---" * len(score.DIGITS) + "|")
-    print("\n".join(line(name, row) for name, row in found.items()))
+    print("\n".join(line(row, scores) for row, scores in found.items()))
 
 
 if __name__ == "__main__":

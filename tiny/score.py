@@ -13,7 +13,6 @@ teacher" the teacher's clips of another noise. Two draws of one system are not a
 clips are few for 128 dimensions: the first row of FD, the teacher's of FD to teacher are floors.
 """
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +33,8 @@ from train import fingerprint
 
 HERE = TINY.parent
 DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric, as printed
-FLOOR_ROW, TEACHER_ROW, STEPS = "real audio, rendered again", "teacher, {} steps", 25
+STEPS = 25                                      # of the teacher
+FLOOR_ROW, TEACHER_ROW = "real audio, rendered again", f"teacher, {STEPS} steps"
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
 REFERENCE, FLOOR, DIVERSE = 1, 2, 3
 TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
@@ -83,36 +83,28 @@ def features(classifier, mels, batch=64):
 
 # ---- systems: in fp32 on the CPU, as everything shipped was measured ----------------------------
 
-EXACT = {"precision": "fp32", "device": "cpu"}
-
-
 def load_teacher(steps, guidance=None):
     """Load the tiny teacher, to sample in so many steps; guidance None: its own."""
-    system = model.load_teacher("tiny", steps, guidance, **EXACT)
+    system = model.load_teacher("tiny", steps, guidance, precision="fp32", device="cpu")
     fold_upsampling(system.decoder.vae.decoder)         # a quarter faster
     return system
 
 
-def teacher_systems(steps):
+def teacher_systems():
     """What a student is compared with: {name: System}."""
-    return {TEACHER_ROW.format(steps): load_teacher(steps),
+    return {TEACHER_ROW: load_teacher(STEPS),
             "student before (teacher, 1 step)": load_teacher(1, guidance=1)}
-
-
-def is_of_tiny(about):
-    """Whether a student's swiftaudio.json names the tiny teacher, or another's equal weights."""
-    if about["teacher"] == "tiny" or Path(about["teacher"]).resolve() == TINY:
-        return True
-    weights = about.get("flags", {}).get("teacher's weights")
-    return weights is not None and weights == fingerprint(model.load_unet(TINY))
 
 
 def load_student(name, decoder="vae"):
     """Load a student of the tiny teacher: (its folder, its swiftaudio.json, its System)."""
     folder, part, about = model.open_student(name)
-    require(not part and is_of_tiny(about), f"{name}: is no student that train.py made of the tiny "
-            f"teacher (its teacher: {about['teacher']}); score it with extras.eval")
-    system = model.load_student(name, "tiny", decoder=decoder, **EXACT)
+    weights = about.get("flags", {}).get("teacher's weights")       # under whatever name
+    require(not part and (about["teacher"] == "tiny"
+                          or weights == fingerprint(model.load_unet(TINY))),
+            f"{name}: is no student that train.py made of the tiny teacher (its teacher: "
+            f"{about['teacher']}); score it with extras.eval")
+    system = model.load_student(name, "tiny", decoder=decoder, precision="fp32", device="cpu")
     fold_upsampling(system.decoder.vae.decoder)
     return folder, about, system
 
@@ -142,9 +134,17 @@ def measure(systems, rows, seed=0):
             for name, system in systems.items()}
 
 
-def floor(rows, seed=0):
-    """The scores of the same captions rendered again, the best that a system can be."""
-    return {FLOOR_ROW: scored(rows, real(rows, FLOOR + seed))}
+def beside_floor(systems, rows, seeds):
+    """Score the same captions rendered again, the best there can be, and systems: {name: rows}.
+
+    systems: for each seed {name: System}; so many rows has each name.
+    """
+    found = {}
+    for seed, mine in zip(seeds, systems):
+        again = {FLOOR_ROW: scored(rows, real(rows, FLOOR + seed))}
+        for name, row in {**again, **measure(mine, rows, seed)}.items():
+            found.setdefault(name, []).append(row)
+    return found
 
 
 def summary(found):
@@ -157,12 +157,9 @@ def summary(found):
             "seeds": found}
 
 
-def baselines(rows, seeds, steps=STEPS):
+def baselines(rows, seeds):
     """Measure everything that no student changes: {name: summary over the seeds}."""
-    systems, found = teacher_systems(steps), {}
-    for seed in seeds:
-        for name, row in {**floor(rows, seed), **measure(systems, rows, seed)}.items():
-            found.setdefault(name, []).append(row)
+    found = beside_floor([teacher_systems()] * len(seeds), rows, seeds)
     return {name: summary(of_seeds) for name, of_seeds in found.items()}
 
 
@@ -174,8 +171,7 @@ def shipped_rows(name):
 
 def diversity(systems, rows, each=8, seed=0):
     """{name: mean distance between the embeddings of `each` clips of a caption}, over the rows."""
-    many = [row for row in rows for _ in range(each)]
-    many = [(n, *row[1:]) for n, row in enumerate(many)]                    # each its own noise
+    many = [(i * each + k, *row[1:]) for i, row in enumerate(rows) for k in range(each)]
     sounds = {"real audio": real(many, DIVERSE)}
     sounds |= {name: generate(system, many, name, seed) for name, system in systems.items()}
     found = {}
@@ -210,9 +206,9 @@ def show(table, clips):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def ratios(table, steps):
+def ratios(table):
     """How far the student, the last row, is from its teacher, in a sentence."""
-    best, teacher = table[FLOOR_ROW], table[TEACHER_ROW.format(steps)]
+    best, teacher = table[FLOOR_ROW], table[TEACHER_ROW]
     student = list(table.values())[-1]
     above = [row["FD"] - best["FD"] for row in (student, teacher)]
     away, bias = student["FD to teacher"], teacher["FD to teacher"]
@@ -221,37 +217,23 @@ def ratios(table, steps):
             f"FD to teacher is {away - bias:.1f} above its floor of {bias:.1f}")
 
 
-def shorten(draw, text, width):
-    """Cut a text to so many pixels, ending with "..." if it was longer."""
-    if draw.textlength(text) <= width:
-        return text
-    while text and draw.textlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def sheet(captions, sounds):
-    """Mel spectrograms side by side: a row a caption, a column a system of {name: log-mels}."""
-    width, height = 384, 144
-    image = Image.new("RGB", (width * len(sounds), height * len(captions) + 20), "white")
-    draw = ImageDraw.Draw(image)
-    for column, (name, mels) in enumerate(sounds.items()):
-        x = column * width
-        draw.text((x + 8, 4), name, "black")
-        for row, (caption, mel) in enumerate(zip(captions, mels)):
-            y = row * height + 24
-            draw.text((x + 8, y), shorten(draw, caption, width - 16), "black")
-            image.paste(picture(mel).resize((width - 8, height - 24)), (x + 4, y + 16))
-    return image
-
-
-def sample_sheet(systems, rows, seed):
-    """sheet() of six of the rows, evenly spread: real audio, and the systems."""
+def sheet(systems, rows, seed):
+    """Mel spectrograms side by side: a row a caption, six of rows; real audio, then systems."""
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)]
-    sounds = {"real audio, rendered again": real(rows, FLOOR + seed)}
+    columns = {FLOOR_ROW: real(rows, FLOOR + seed)}
     for name, system in systems.items():
-        sounds[name] = generate(system, rows, f"picture: {name}", seed)
-    return sheet([caption for _, caption, _, _ in rows], sounds)
+        columns[name] = generate(system, rows, f"picture: {name}", seed)
+    width, height = 400, 144                    # the longest caption takes 383
+    image = Image.new("RGB", (width * len(columns), height * len(rows) + 20), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (name, mels) in enumerate(columns.items()):
+        x = i * width + 8
+        draw.text((x, 4), name, "black")
+        for j, ((_, caption, _, _), mel) in enumerate(zip(rows, mels)):
+            y = j * height + 24
+            draw.text((x, y), caption, "black")
+            image.paste(picture(mel).resize((width - 16, height - 24)), (x, y + 16))
+    return image
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -266,19 +248,14 @@ def parse_args(argv=None):
         help="held-out captions to report by, to choose by, or to confirm a choice")
     add("--kind", choices=world.KINDS, default="all",
         help="captions whose two events training pairs (seen) or never does (unseen)")
-    add("--steps", type=number(int, 1, 1000),
-        help=f"of the teacher, with --all or --diversity; default: {STEPS}")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true",
                       help="measure the rows of real audio and the teacher again")
     what.add_argument("--diversity", type=number(int, 2), metavar="K",
                       help="K clips of each of CLIPS / K captions: how far apart are they?")
     args = p.parse_args(argv)
-    require(not args.steps or args.all or args.diversity,
-            "--steps goes with --all or --diversity: the shipped rows have 25")
     require(not args.diversity or args.diversity <= args.clips,
             f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
-    args.steps = args.steps or STEPS
     return args
 
 
@@ -289,15 +266,15 @@ def report(args):
     rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
     others = {}
     if args.all:
-        others = baselines(rows, [args.seed], args.steps)
+        others = baselines(rows, [args.seed])
     elif len(rows) == whole:
         others = shipped_rows(args.list)
     table = {**others, **measure(student, rows, args.seed)}
-    image = sample_sheet({**teacher_systems(args.steps), **student}, rows, args.seed)
+    image = sheet({**teacher_systems(), **student}, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and others:
-        print(ratios(table, args.steps))
+        print(ratios(table))
     found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
              "systems": table}
     if (folder / "decoder/config.json").exists():
@@ -323,7 +300,7 @@ def report(args):
 
 def report_diversity(args):
     """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
-    systems = {"student": load_student(args.student)[2], "teacher": load_teacher(args.steps)}
+    systems = {"student": load_student(args.student)[2], "teacher": load_teacher(STEPS)}
     rows = held_out(args.clips // args.diversity, args.list, args.kind)
     found = diversity(systems, rows, args.diversity, args.seed)
     print(f"{len(rows)} captions, {args.diversity} clips each: "

@@ -3,8 +3,11 @@
 Twelve sound events with attributes, alone or in pairs ("a dog barks twice while rain falls
 softly"), are written as captions and synthesised with numpy. Nothing is recorded: a caption and a
 seed give a clip of 2.56 s at 16 kHz. To add an event, add a line to EVENTS and a function to
-SOUNDS, then run `python tiny/make.py`.
+SOUNDS, then run `python -m tiny.make`.
 """
+import functools
+import itertools
+
 import numpy as np
 
 RATE, SECONDS = 16000, 2.56
@@ -49,22 +52,8 @@ def phrase(event, subject, adverb, gerund=False):
     return " ".join(filter(None, words))
 
 
-def draw(rng, pairs=None):
-    """Draw a description: one or two (event, subject, adverb), and the word that joins them."""
-    def attributes(event):
-        subjects, _, _, adverbs = EVENTS[event]
-        return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + adverbs + adverbs))
-
-    if pairs is None:                                       # one event
-        return (attributes(str(rng.choice(NAMES))),), ""
-    first, second = pairs[rng.integers(len(pairs))]
-    if rng.random() < 0.5:
-        first, second = second, first
-    return (attributes(first), attributes(second)), str(rng.choice(JOINS))
-
-
 def caption(rng, events, join):
-    """Put a description into words; verb forms vary where English allows both."""
+    """Put one or two (event, subject, adverb) into words; verb forms vary where both are right."""
     free = join in ("", "and")
     gerund = rng.random() < 0.3 if free else join in ("with", "followed by")
     first = phrase(*events[0], gerund=gerund and free)
@@ -264,9 +253,22 @@ def render(rng, events, join):
 # ---- the data sets -----------------------------------------------------------------------------
 
 def describe(rng, pairs, share_single, taken=()):
-    """Draw one (caption, events, join) whose caption is not in `taken`."""
+    """Draw one (caption, events, join) whose caption is not in `taken`.
+
+    events: one or two (event, subject, adverb), join: the word between two.
+    """
+    def attributes(event):
+        subjects, _, _, adverbs = EVENTS[event]
+        return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + adverbs + adverbs))
+
     while True:
-        events, join = draw(rng, None if rng.random() < share_single else pairs)
+        if rng.random() < share_single:
+            events, join = (attributes(str(rng.choice(NAMES))),), ""
+        else:
+            first, second = pairs[rng.integers(len(pairs))]
+            if rng.random() < 0.5:
+                first, second = second, first
+            events, join = (attributes(first), attributes(second)), str(rng.choice(JOINS))
         text = caption(rng, events, join)
         if text not in taken:
             return text, events, join
@@ -281,34 +283,29 @@ def distinct(rng, number, pairs, share_single, taken=()):
     return list(found.values())
 
 
-def pairs(seen):
-    """The pairs that training may hold, or all of them."""
-    every = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1:]]
-    return [p for p in every if p not in UNSEEN and p[::-1] not in UNSEEN] if seen else every
-
-
+PAIRS = list(itertools.combinations(NAMES, 2))
+SEEN = [p for p in PAIRS if p not in UNSEEN and p[::-1] not in UNSEEN]
 # Lists of held-out captions: to report, to choose by, and to confirm, which chooses nothing.
 LISTS = ("first", "second", "third")
-# Places in three_kinds(rng, 512): training pairs the two events too (seen), or it never does.
+# Places in three_kinds(): training pairs the two events too (seen), or it never does.
 KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
 
 
-def three_kinds(rng, number, taken=()):
-    """Captions to test by: a sixteenth single events, a quarter pairs in UNSEEN, the rest seen."""
-    held = distinct(rng, number // 16, None, 1.0, taken)
-    held += distinct(rng, number * 11 // 16, pairs(True), 0.0, taken)
-    return held + distinct(rng, number // 4, UNSEEN, 0.0, taken)
+def three_kinds(rng, taken=()):
+    """512 captions to test by: 32 single events, 352 seen pairs, 128 pairs in UNSEEN."""
+    return [*distinct(rng, 32, None, 1.0, taken), *distinct(rng, 352, SEEN, 0.0, taken),
+            *distinct(rng, 128, UNSEEN, 0.0, taken)]
 
 
-def captions(seed=0, train=6000, heldout=512):
-    """The world's captions: (training, first held-out) lists of (caption, events, join), distinct.
-    """
-    rng = np.random.default_rng(seed)
-    held = three_kinds(rng, heldout)
-    return distinct(rng, train, pairs(True), 0.2, {text for text, _, _ in held}), held
+@functools.cache
+def captions():
+    """The world's captions: (6000 training, first held-out), distinct (caption, events, join)."""
+    rng = np.random.default_rng(0)
+    held = three_kinds(rng)
+    return distinct(rng, 6000, SEEN, 0.2, {text for text, _, _ in held}), held
 
 
-def held_out(name="first", number=512):
+def held_out(name="first"):
     """A list of held-out captions, one of LISTS; no caption is in two of them.
 
     Of later lists, single events may be among training's, for which only 134 captions are possible,
@@ -318,15 +315,15 @@ def held_out(name="first", number=512):
     taken = {text for text, events, _ in train if len(events) > 1}
     for seed in range(1, LISTS.index(name) + 1):
         taken |= {text for text, _, _ in held}
-        held = three_kinds(np.random.default_rng(seed), number, taken)
+        held = three_kinds(np.random.default_rng(seed), taken)
     return held
 
 
-def clips(number, seen, seed=0):
+def clips(number, seen):
     """What the teacher's training clips hold (seen), or the classifier's (any pair).
 
-    Captions repeat, but none is held out.
+    Captions repeat, but none is of the first held-out list.
     """
-    rng = np.random.default_rng((seed, int(seen)))
-    held = {text for text, _, _ in captions(seed)[1]}
-    return [describe(rng, pairs(seen), 0.2, held) for _ in range(number)]
+    rng = np.random.default_rng((0, int(seen)))
+    held = {text for text, _, _ in captions()[1]}
+    return [describe(rng, SEEN if seen else PAIRS, 0.2, held) for _ in range(number)]
