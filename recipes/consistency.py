@@ -25,21 +25,21 @@ def parse_args(argv=None):
     add = p.add_argument
     # the defaults are LCM's
     add("--ode_steps", type=number(int, 2), default=50, help="the teacher's DDIM steps, T to 0")
-    add("--loss", choices=("huber", "l2"), default="huber", help="huber: the root of a square")
+    add("--loss", choices=("huber", "l2"), default="huber", help="LCM's pseudo-Huber, or squares")
     add_clips(add)
     train.add_run(add)
     p.set_defaults(out_dir="out_consistency", ema=0.95)
     return train.parse_run(p, argv)
 
 
-def clean(eps, x, t, text, alpha, sigma):
-    """The consistency function f(x_t, t): eq. 1 at any t, and x itself at t = 0.
+def consistency_function(eps, x, t, text, alpha, sigma):
+    """LCM's f(x_t, t, text), a clip: eq. 1 at any t, and x itself at t = 0.
 
     LCM's c_skip x + c_out x0, with 10 t in the scalings, is this within 7e-6 for all t of 50 steps.
     At T c_skip is 2.5e-9 and c_out 1 - 1.3e-9, so eq. 1, which samples the student, is exact.
     """
     x0 = (x - at(sigma, t) * eps(x, t, text)) / at(alpha, t)
-    return torch.where(at(t > 0, torch.arange(len(t), device=t.device)), x0, x)
+    return torch.where((t > 0).view(-1, 1, 1, 1), x0, x)
 
 
 def consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma, kind="huber"):
@@ -52,8 +52,8 @@ def consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma, kind
     with torch.no_grad():
         out = teacher(x, t, text)
         x_s = diffuse((x - at(sigma, t) * out) / at(alpha, t), s, out, alpha, sigma)
-        goal = clean(target, x_s, s, text, alpha, sigma)
-    x0 = clean(student, x, t, text, alpha, sigma)
+        goal = consistency_function(target, x_s, s, text, alpha, sigma)
+    x0 = consistency_function(student, x, t, text, alpha, sigma)
     d2 = (x0 - goal).square()
     return (d2 if kind == "l2" else (d2 + 1e-6).sqrt() - 1e-3).mean((1, 2, 3)), x0
 
