@@ -273,7 +273,7 @@ MUTANTS = [
     ("consistency --guidance", "recipes/consistency.py", "guided(teacher_eps, run.null, args.guidance)", "guided(teacher_eps, run.null, 7.5)", "consistency"),
     ("consistency: the teacher is the student", "recipes/consistency.py", "teacher, weights = run.unet,", "teacher, weights = run.student,", "consistency"),
     ("consistency: the target stands still", "recipes/consistency.py", "torch._foreach_lerp_(", "(lambda *args: None)(", "consistency"),
-    ("consistency: the target is not resumed", "recipes/consistency.py", 'train.resume(run, weights, {"student": opt})', 'train.resume(run, {**weights, "ema": []}, {"student": opt})', "consistency"),
+    ("consistency: the target is not resumed", "recipes/consistency.py", 'train.resume(run, weights, {"student": opt})', 'train.resume(run, {"student": weights["student"]}, {"student": opt})', "consistency"),
     ("consistency --ema", "recipes/consistency.py", "min(args.ema, (step + 1) / (step + 10))", "(step + 1) / (step + 10)", "consistency"),
     ("consistency's noise is seed 0's", "recipes/consistency.py", "numbers, args.seed, 1,", "numbers, 0, 1,", "consistency"),
     ("consistency's captions are seed 0's", "recipes/consistency.py", "caption_at(range(args.clips), args.seed, n)", "caption_at(range(args.clips), 0, n)", "consistency"),
