@@ -1,0 +1,134 @@
+"""Distil by latent consistency (LCM, arXiv 2310.04378): one answer along the teacher's path.
+
+    python -m recipes.consistency --init out/student    # go on from a student of train.py
+    python -m recipes.consistency --teacher tiny        # from the teacher itself
+
+It still needs only captions: the paper trains on recordings, here the teacher makes clips, once.
+The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
+--ema is of the target network, and that is the student that is saved. Guidance is inside, as in
+ConsistencyTTA (arXiv 2309.10740), but at one scale: a range of them would need an input for it.
+"""
+import copy
+
+import torch
+from tqdm import tqdm
+
+import train
+from data import Parser, caption_at, cli, number, require
+from losses import at, diffuse, guided
+from model import denoiser
+from recipes.clips import add_clips, draw_more, teacher_clips
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, prog="python -m recipes.consistency")
+    add = p.add_argument
+    # the defaults are LCM's
+    add("--ode_steps", type=number(int, 2), default=50, help="the teacher's DDIM steps, T to 0")
+    add("--loss", choices=("huber", "l2"), default="huber", help="LCM's pseudo-Huber, or squares")
+    add_clips(add)
+    train.add_run(add)
+    p.set_defaults(out_dir="out_consistency", ema=0.95)
+    return train.parse_run(p, argv)
+
+
+def consistency_function(eps, x, t, text, alpha, sigma):
+    """LCM's f(x_t, t, text), a clip: eq. 1 at any t, and x itself at t = 0.
+
+    LCM's c_skip x + c_out x0, with 10 t in the scalings, is this within 7e-6 for all t of 50 steps.
+    At T c_skip is 2.5e-9 and c_out 1 - 1.3e-9, so eq. 1, which samples the student, is exact.
+    """
+    x0 = (x - at(sigma, t) * eps(x, t, text)) / at(alpha, t)
+    return torch.where((t > 0).view(-1, 1, 1, 1), x0, x)
+
+
+def consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma, kind="huber"):
+    """How far the student's clip of x (B, C, H, W) at t is from the target's at s < t: (B,), clips.
+
+    One DDIM step of the teacher, guidance included, leads from t to s. No gradient reaches it or
+    the target. kind "huber" is LCM's sqrt(d^2 + c^2) - c, c = 0.001, "l2" d^2: of each element d.
+    Returns the clips x0 (B, C, H, W) too.
+    """
+    with torch.no_grad():
+        out = teacher(x, t, text)
+        x_s = diffuse((x - at(sigma, t) * out) / at(alpha, t), s, out, alpha, sigma)
+        goal = consistency_function(target, x_s, s, text, alpha, sigma)
+    x0 = consistency_function(student, x, t, text, alpha, sigma)
+    d2 = (x0 - goal).square()
+    return (d2 if kind == "l2" else (d2 + 1e-6).sqrt() - 1e-3).mean((1, 2, 3)), x0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = train.start(args)
+    device, alpha, sigma, T = run.device, run.alpha, run.sigma, run.T
+    run.config["recipe"] = "consistency"
+    require(args.student_t in (None, T), f"--student_t {args.student_t}: consistency is learned up "
+            f"to T, {T}, where noise has no clip in it; leave it out, or --init a student of T")
+    require(args.ode_steps <= T // 2, f"--ode_steps {args.ode_steps}: at most {T // 2}, as this "
+            f"teacher has {T + 1} timesteps")
+    grid = torch.arange(args.ode_steps + 1) * (T + 1) // args.ode_steps - 1     # 19, 39, ..., T
+    grid = grid.clamp(min=0).to(device)                                         # behind a 0
+
+    # ---- what learns: the student; the target is its average -----------------------------------
+    teacher, weights = run.unet, {"student": list(run.student.requires_grad_(True).parameters())}
+    target = copy.deepcopy(run.student).requires_grad_(False)
+    weights["ema"] = list(target.parameters())
+    opt = torch.optim.AdamW(weights["student"], args.lr, betas=(args.beta1, args.beta2),
+                            weight_decay=args.weight_decay, fused=device.type == "cuda")
+    train.resume(run, weights, {"student": opt})
+    net = train.prepare(run, args, {"student": run.student})["student"]
+    student_eps, target_eps, teacher_eps = (denoiser(n, run.amp) for n in (net, target, teacher))
+    teacher_eps, clips = guided(teacher_eps, run.null, args.guidance), teacher_clips(run, args)
+
+    # ---- the loop, as in train.py --------------------------------------------------------------
+    log, caught = train.Log(run), train.stop_signals(run)
+    if run.first_step >= args.max_steps and run.rank == 0:      # perhaps killed between two files
+        train.save_run(run, run.first_step, weights, {"student": opt}, log)
+    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
+               desc="consistency", disable=run.rank > 0)
+    for step in bar:
+        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
+        opt.zero_grad()
+        for micro in range(args.grad_accum):
+            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
+            numbers = range(first, first + args.batch_size)
+            noises, i = (x.to(device) for x in draw_more(
+                numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
+            rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
+            y = clips[rows].to(device).float()          # clip n is of the n-th caption
+            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+            net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
+
+            # The student at t must say what its average says one step of the teacher further on.
+            t, s = grid[i], grid[i - 1]
+            x = diffuse(y, t, noises[0], alpha, sigma)
+            loss, x0 = consistency_loss(student_eps, target_eps, teacher_eps, x, t, s, text, alpha,
+                                        sigma, args.loss)
+            (loss.mean() / args.grad_accum).backward()
+            log.add("consistency", loss, t)
+            log.add("x0_std", x0.std((1, 2, 3)), t)
+
+        norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
+        log.add("grad_student", norm)
+        opt.step()
+        rate = min(args.ema, (step + 1) / (step + 10))  # --ema 0: the target is the student itself
+        torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
+
+        done, signalled = step + 1, train.stopped(run, caught)
+        keep = args.keep_every and done % args.keep_every == 0
+        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
+        if due or done % args.log_every == 0:
+            line = log.write(done)
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("consistency", "x0_std")})
+        if due and run.rank == 0:
+            train.save_run(run, done, weights, {"student": opt}, log)
+        if keep and run.rank == 0:
+            train.save_student(run, run.out / f"student-{done}", done, weights)
+        if signalled:
+            return 128 + signalled
+    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+
+
+if __name__ == "__main__":
+    cli(main)
