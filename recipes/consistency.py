@@ -11,7 +11,6 @@ ConsistencyTTA (arXiv 2309.10740), but at one scale: a range of them would need 
 import copy
 
 import torch
-from tqdm import tqdm
 
 import train
 from data import Parser, caption_at, cli, number, require
@@ -71,22 +70,18 @@ def main(argv=None):
     grid = grid.clamp(min=0).to(device)                                         # behind a 0
 
     # ---- what learns: the student; the target is its average -----------------------------------
-    teacher, weights = run.unet, {"student": list(run.student.requires_grad_(True).parameters())}
+    teacher, weights = run.unet, {"student": list(run.student.parameters())}
     target = copy.deepcopy(run.student).requires_grad_(False)
     weights["ema"] = list(target.parameters())
-    opt = torch.optim.AdamW(weights["student"], args.lr, betas=(args.beta1, args.beta2),
-                            weight_decay=args.weight_decay, fused=device.type == "cuda")
+    opt = train.adamw(args, weights["student"], args.lr)
     train.resume(run, weights, {"student": opt})
-    net = train.prepare(run, args, {"student": run.student})["student"]
+    net = train.prepare(run, {"student": run.student})["student"]
     student_eps, target_eps, teacher_eps = (denoiser(n, run.amp) for n in (net, target, teacher))
     teacher_eps, clips = guided(teacher_eps, run.null, args.guidance), teacher_clips(run, args)
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log, caught = train.Log(run), train.stop_signals(run)
-    if run.first_step >= args.max_steps and run.rank == 0:      # perhaps killed between two files
-        train.save_run(run, run.first_step, weights, {"student": opt}, log)
-    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
-               desc="consistency", disable=run.rank > 0)
+    log = train.Log(run)
+    bar = train.steps_left(run, log, "consistency")
     for step in bar:
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
         opt.zero_grad()
@@ -106,27 +101,15 @@ def main(argv=None):
             loss, x0 = consistency_loss(student_eps, target_eps, teacher_eps, x, t, s, text, alpha,
                                         sigma, args.loss)
             (loss.mean() / args.grad_accum).backward()
-            log.add("consistency", loss, t)
-            log.add("x0_std", x0.std((1, 2, 3)), t)
+            log.add("consistency", loss)
+            log.add("x0_std", x0.std((1, 2, 3)))
 
         norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
         log.add("grad_student", norm)
         opt.step()
-        rate = min(args.ema, (step + 1) / (step + 10))  # --ema 0: the target is the student itself
-        torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
-
-        done, signalled = step + 1, train.stopped(run, caught)
-        keep = args.keep_every and done % args.keep_every == 0
-        due = signalled or keep or done == args.max_steps or done % args.save_every == 0
-        if due or done % args.log_every == 0:
-            line = log.write(done)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("consistency", "x0_std")})
-        if due and run.rank == 0:
-            train.save_run(run, done, weights, {"student": opt}, log)
-        if keep and run.rank == 0:
-            train.save_student(run, run.out / f"student-{done}", done, weights)
-        if signalled:
-            return 128 + signalled
+        train.average(weights, args.ema, step)          # --ema 0: the target is the student itself
+        if code := train.end_step(run, step + 1, log, bar, "consistency", "x0_std"):
+            return code
     run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
 
 
