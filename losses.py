@@ -20,21 +20,17 @@ def at(values, t):
     return values[t].view(-1, 1, 1, 1)                                      # (B, 1, 1, 1)
 
 
-def one_step(eps, z_T, text, alpha, sigma, parameterization="eps", t=None):
+def one_step(eps, z_T, text, alpha, sigma, t=None):
     """Eq. 1, the student's clip in one pass: x0 = (z_T - sigma_T eps(z_T, T, text)) / alpha_T.
 
     alpha_T is 0.068 for Auffusion, so an error of eps is 14.6 times as large in x0.
-    parameterization "direct" takes the output for x0 itself, the ablation of Table IV.
     t below T takes the step from x_t = sigma_t z_T instead, a clip of zeros noised to t, as
     SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.7 times as large.
     """
-    check(parameterization, ("eps", "direct"))
     T = len(alpha) - 1
     x_t = z_T if t in (None, T) else sigma[t] * z_T
     t = torch.full((len(z_T),), T if t is None else t, device=z_T.device)
     out = eps(x_t, t, text)
-    if parameterization == "direct":
-        return out
     return (x_t - at(sigma, t) * out) / at(alpha, t)
 
 

@@ -447,7 +447,7 @@ def main(argv=None):
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: one pass from noise to x0, moved along the two teachers' difference.
-            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.parameterization,
+            x0 = one_step(student_eps, z_T, text, alpha, sigma,
                           args.student_t)
             vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, args.guidance),
                            guided(lora_eps, null, args.lora_guidance), alpha, sigma, args.weighting)
