@@ -80,10 +80,9 @@ def file_names(prompts, n, seed):
     """Name each clip readably and distinctly: {(prompt, k): a-dog-barks-twice_seed0_0.wav}."""
     slugs = []
     for prompt in prompts:
-        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
-        while slug in slugs:
-            slug += f"-{len(slugs) + 1}"
-        slugs.append(slug)
+        base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
+        numbered = [base, *(f"{base}-{i}" for i in range(2, len(slugs) + 2))]   # one is free
+        slugs.append(next(slug for slug in numbered if slug not in slugs))
     return {(prompt, k): f"{slug}_seed{seed}_{k}.wav"
             for prompt, slug in zip(prompts, slugs) for k in range(n)}
 

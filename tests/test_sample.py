@@ -133,7 +133,7 @@ def test_a_name_for_every_clip():
     names = sample.file_names(["a b", "A  b?", "犬が吠える", "!!", "x" * 300, "a-b-2"], 1, 0)
     assert list(names.values()) == [
         "a-b_seed0_0.wav", "a-b-2_seed0_0.wav", "犬が吠える_seed0_0.wav", "clip_seed0_0.wav",
-        "x" * 60 + "_seed0_0.wav", "a-b-2-6_seed0_0.wav"]
+        "x" * 60 + "_seed0_0.wav", "a-b-2-2_seed0_0.wav"]
     assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
 
 
