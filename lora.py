@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from data import replace_file, replace_text
+from data import replace_file, replace_text, require
 
 # Which layers get an adapter. Attention's q and v are SwiftBrush's choice (arXiv 2312.05239).
 TARGETS = {
@@ -44,44 +44,40 @@ class LoRAConv2d(LoRA, nn.Conv2d):
     pass
 
 
-def adapt(layer, rank, alpha):
-    """Turn a linear layer or a convolution into its LoRA twin, in place: no weight is copied.
-
-    A convolution's A has its kernel, stride and padding; its B is 1 x 1.
-    """
-    kw = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
-    if isinstance(layer, nn.Linear):
-        layer.__class__ = LoRALinear
-        layer.lora_A = nn.Linear(layer.in_features, rank, **kw)
-        layer.lora_B = nn.Linear(rank, layer.out_features, **kw)
-    else:
-        layer.__class__ = LoRAConv2d
-        layer.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
-                                 layer.padding, **kw)
-        layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **kw)
-    layer.scale, layer.enabled = alpha / rank, True
-    nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))   # as loralib and PEFT do
-    nn.init.zeros_(layer.lora_B.weight)                             # so that it starts as the base
-
-
 def inject(network, targets="qv", rank=64, alpha=128):
-    """Freeze `network` and give the layers that `targets` names an adapter, in place.
+    """Freeze `network`, give the layers that `targets` names an adapter, and return its weights.
 
-    targets: a key of TARGETS. The defaults are the paper's. Returns the adapters' parameters.
+    targets: a key of TARGETS. It is in place, and no weight is copied. Defaults are the paper's.
     """
     network.requires_grad_(False)
     found = [module for name, module in network.named_modules()
              if type(module) in (nn.Linear, nn.Conv2d) and TARGETS[targets](name, module)]
-    if not found:
-        raise ValueError(f"no layer of this network matches targets={targets!r}")
+    require(found, f"no layer of this network matches targets={targets!r}")
     for layer in found:
-        adapt(layer, rank, alpha)
-    return [p for layer in found for p in (layer.lora_A.weight, layer.lora_B.weight)]
+        kw = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = LoRALinear
+            layer.lora_A = nn.Linear(layer.in_features, rank, **kw)
+            layer.lora_B = nn.Linear(rank, layer.out_features, **kw)
+        else:
+            layer.__class__ = LoRAConv2d                            # A has its size, B is 1 x 1
+            layer.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
+                                     layer.padding, **kw)
+            layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **kw)
+        layer.scale, layer.enabled = alpha / rank, True
+        nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))   # as loralib and PEFT do
+        nn.init.zeros_(layer.lora_B.weight)                         # so that it starts as the base
+    return list(lora_weights(network).values())
 
 
 def lora_layers(network):
     """The adapted layers: {name: layer}."""
     return {name: m for name, m in network.named_modules() if isinstance(m, LoRA)}
+
+
+def lora_weights(network):
+    """The adapters' weights under PEFT's names: {base_model.model.<layer>.lora_A.weight: w}."""
+    return {f"base_model.model.{k}": w for k, w in network.named_parameters() if ".lora_" in k}
 
 
 @contextlib.contextmanager
@@ -101,20 +97,10 @@ def lora_disabled(network):
             m.enabled = enabled
 
 
-def lora_state(network):
-    """The adapters' weights on the CPU under PEFT's names, base_model.model.<layer>.lora_A..."""
-    return {f"base_model.model.{name}.lora_{ab}.weight":
-            getattr(m, f"lora_{ab}").weight.detach().cpu().contiguous()
-            for name, m in lora_layers(network).items() for ab in "AB"}
-
-
 def load_lora_state(network, state):
-    """Put a lora_state() back; KeyError where a layer's weights are missing."""
-    with torch.no_grad():
-        for name, m in lora_layers(network).items():
-            for ab in "AB":
-                saved = state[f"base_model.model.{name}.lora_{ab}.weight"]
-                getattr(m, f"lora_{ab}").weight.copy_(saved)
+    """Put back what lora_weights() were; KeyError where some are missing."""
+    for k, w in lora_weights(network).items():
+        w.detach().copy_(state[k])
 
 
 def save_lora(network, folder, rank, alpha):
@@ -131,5 +117,6 @@ def save_lora(network, folder, rank, alpha):
                  json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
     # diffusers looks for alpha in the file's own metadata and would take alpha = rank without it
     about = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})
+    state = {k: w.detach().contiguous() for k, w in lora_weights(network).items()}
     replace_file(folder / "adapter_model.safetensors", lambda path: save_file(
-        lora_state(network), path, {"format": "pt", "lora_adapter_metadata": about}))
+        state, path, {"format": "pt", "lora_adapter_metadata": about}))

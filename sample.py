@@ -4,7 +4,6 @@
     python sample.py --prompts prompts.txt --n 4 --student USER/MODEL   # four clips a line
     python sample.py --prompt "rain falls" --teacher_steps 25           # its teacher, many steps
 """
-import itertools
 import json
 import re
 import time
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import data
-from data import Parser, cli, number, read_json, replace_file, require
+from data import Parser, cli, number, read_captions, read_json, replace_file, replace_text, require
 from model import LOG_MAX, LOG_MIN, RATE, load_student, load_teacher, open_student
 
 
@@ -31,22 +29,20 @@ def add_system(add):
     add("--batch_size", type=number(int, 1), default=8, help="clips at a time")
     add("--decoder", choices=("vae", "fast"), default="vae",
         help="fast: the small one that recipes.decoder made for the student")
-    add("--precision", choices=("auto", "fp32"), default="auto",
-        help="auto: half where the machine is fast at it")
+    add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where it is fast")
     add("--device", help="cuda, mps or cpu; default: the first there is")
 
 
 def open_system(args, seconds=None, prompts=()):
     """Load the System that add_system()'s flags select; warn of what it cannot read of prompts."""
     more = dict(seconds=seconds, precision=args.precision, device=args.device)
-    if not args.teacher_steps:
-        require(args.guidance is None,
-                "--guidance goes with --teacher_steps: a student's is trained in")
-        system = load_student(args.student, args.teacher, decoder=args.decoder, **more)
-    else:
+    if args.teacher_steps:
         require(args.decoder == "vae", "--decoder fast does not go with --teacher_steps")
         teacher = args.teacher or open_student(args.student)[2]["teacher"]
         system = load_teacher(teacher, args.teacher_steps, args.guidance, **more)
+    else:
+        require(args.guidance is None, "--guidance goes with --teacher_steps")
+        system = load_student(args.student, args.teacher, decoder=args.decoder, **more)
     for line in system.encode_text.unread(prompts).values():
         print(f"warning: {line}")
     return system
@@ -67,31 +63,27 @@ def read_prompts(args):
     """The distinct prompts of the command line and of --prompts: {prompt: where it stands}."""
     given = {" ".join(prompt.split()): "--prompt" for prompt in args.prompt}
     if args.prompts:
-        given = {**given, **dict.fromkeys(data.read_captions(args.prompts)[0], args.prompts)}
-    require(given and "" not in given, 'an empty prompt; pass --prompt "what it should sound like" '
-            "or --prompts FILE")
+        given |= dict.fromkeys(read_captions(args.prompts)[0], args.prompts)
+    require(given and "" not in given, "an empty prompt; pass --prompt WORDS or --prompts FILE")
     return given
 
 
 def picture(mel):
     """Log-mel (n_mels, frames) -> an RGB image at least 256 pixels high, low frequencies below."""
     x = np.clip((np.asarray(mel) - LOG_MIN) / (LOG_MAX - LOG_MIN), 0, 1)[::-1]
-    colors = np.array([(0, 0, 4), (60, 15, 110), (150, 40, 125), (235, 90, 95), (253, 180, 110),
-                       (252, 253, 190)])
-    stops = np.linspace(0, 0.9, len(colors))
-    rgb = np.stack([np.interp(x, stops, colors[:, c]) for c in range(3)], -1).astype(np.uint8)
-    scale = max(1, 256 // rgb.shape[0])
-    return Image.fromarray(rgb.repeat(scale, 0).repeat(scale, 1))
+    image = Image.fromarray((255 * x).astype(np.uint8))
+    image = ImageOps.scale(image, max(1, 256 // len(x)), Image.Resampling.NEAREST)
+    return ImageOps.colorize(image, (0, 0, 4), (252, 253, 190), (190, 65, 110), whitepoint=230)
 
 
 def file_names(prompts, n, seed):
-    """Name each clip readably and distinctly, without ending: a-dog-barks-twice_seed0_0."""
+    """Name each clip readably and distinctly: {(prompt, k): a-dog-barks-twice_seed0_0.wav}."""
     slugs = []
     for prompt in prompts:
         base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
-        numbered = (f"{base}-{i}" for i in itertools.count(2))
-        slugs.append(next(s for s in itertools.chain([base], numbered) if s not in slugs))
-    return {(prompt, k): f"{slug}_seed{seed}_{k}"
+        numbered = [base, *(f"{base}-{i}" for i in range(2, len(slugs) + 2))]   # one is free
+        slugs.append(next(slug for slug in numbered if slug not in slugs))
+    return {(prompt, k): f"{slug}_seed{seed}_{k}.wav"
             for prompt, slug in zip(prompts, slugs) for k in range(n)}
 
 
@@ -99,8 +91,7 @@ def read_manifest(folder):
     """The rows of a folder's manifest.json, or [] where there is none."""
     path = Path(folder) / "manifest.json"
     rows = read_json(path) if path.exists() else []
-    known = {"file", "prompt", "seed", "k"}
-    require(isinstance(rows, list) and all(known <= set(row) for row in rows),
+    require(isinstance(rows, list) and all({"file", "prompt", "seed", "k"} <= set(r) for r in rows),
             f"{path}: is not sample.py's; choose another folder")
     return rows
 
@@ -108,40 +99,30 @@ def read_manifest(folder):
 def write_clips(args, prompts, load, more={}):
     """Make --n clips of each prompt and write them, with their pictures and the manifest.
 
-    load: called once nothing is in the way; its system's make(prompts, z_T) makes the clips, whose
-    about goes into the manifest, as does more[prompt], a dict, where there is one.
+    load: makes the system, once nothing is in the way. more: {prompt: what its rows say besides}.
     """
-    out, names = Path(args.out), file_names(prompts, args.n, args.seed)
-    paths = [out / f"{name}{ending}" for name in names.values() for ending in (".wav", ".png")]
-    for path in paths:
-        require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite to replace "
-                "it, or another --out or --seed")
+    out = Path(args.out)
+    paths = {clip: out / name for clip, name in file_names(prompts, args.n, args.seed).items()}
+    for path in paths.values():
+        require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite or --out")
     rows = {row["file"]: row for row in read_manifest(out)}
-    system = load()
-
-    jobs, started, bar = list(names), time.time(), tqdm(total=len(names), desc="clips")
-    for i in range(0, len(jobs), args.batch_size):
-        part = jobs[i:i + args.batch_size]                              # [(prompt, k)]
+    system, clips, started = load(), list(paths), time.time()           # clips: [(prompt, k)]
+    for i in tqdm(range(0, len(clips), args.batch_size), "batches"):
+        part = clips[i:i + args.batch_size]
         mels, wavs = system.make([prompt for prompt, _ in part],
                                  system.noise([k for _, k in part], args.seed))
         out.mkdir(parents=True, exist_ok=True)
         for (prompt, k), wav, mel in zip(part, wavs, mels):
-            path = out / f"{names[prompt, k]}.wav"
+            path = paths[prompt, k]
             replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16", format="WAV"))
             replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
             rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
                                **system.about, **more.get(prompt, {})}
         listed = json.dumps(list(rows.values()), indent=2, ensure_ascii=False)
-        data.replace_text(out / "manifest.json", listed + "\n")
-        bar.update(len(part))
-    bar.close()
-
-    seconds, length = (time.time() - started) / len(jobs), wavs.shape[1] / RATE
-    for path in paths[0:20:2]:
-        print(f"{path}  {path.with_suffix('.png')}")
-    if len(names) > 10:
-        print(f"... and {len(names) - 10} more, listed in {out / 'manifest.json'}")
-    print(f"{seconds:.2f} s for a clip of {length:.2f} s (real-time factor {seconds / length:.2f})")
+        replace_text(out / "manifest.json", listed + "\n")
+    seconds, length = (time.time() - started) / len(clips), wavs.shape[1] / RATE
+    print(*list(paths.values())[:10], f"{len(clips)} clips, listed in {out / 'manifest.json'}: "
+          f"{seconds:.2f} s a clip (real-time factor {seconds / length:.2f})", sep="\n")
 
 
 def main(argv=None):

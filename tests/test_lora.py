@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_layers, lora_state, save_lora
+from data import InputError
+from lora import (
+    TARGETS,
+    inject,
+    load_lora_state,
+    lora_disabled,
+    lora_layers,
+    lora_weights,
+    save_lora,
+)
 from model import load_unet
 
 
@@ -101,7 +110,7 @@ def test_the_seed_decides_the_adapters(plain):
         torch.manual_seed(seed)
         unet = load_unet(plain)
         inject(unet, "all", 2, 2)
-        return lora_state(unet)
+        return lora_weights(unet)
 
     one, again, other = state(0), state(0), state(1)
     assert all(torch.equal(one[k], again[k]) for k in one)
@@ -125,7 +134,7 @@ def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
         p.data.zero_()
     assert not torch.equal(call(unet), before)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert saved.keys() == lora_state(unet).keys()
+    assert saved.keys() == lora_weights(unet).keys()
     load_lora_state(unet, saved)
     assert torch.equal(call(unet), before)
 
@@ -149,5 +158,5 @@ def test_disabling_nests_and_survives_errors(unet):
 
 
 def test_no_match():
-    with pytest.raises(ValueError, match="qv"):
+    with pytest.raises(InputError, match="qv"):
         inject(nn.Sequential(nn.Linear(2, 2)), "qv")

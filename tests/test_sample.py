@@ -52,7 +52,7 @@ def test_the_command_line(student, tmp_path, monkeypatch, capsys):
     for name in names:
         wav, rate = soundfile.read(tmp_path / f"samples/{name}.wav", dtype="int16")
         assert rate == 16000 and wav.shape == (10240,) and wav.any()
-        assert f"samples/{name}.wav" in output and f"samples/{name}.png" in output
+        assert f"samples/{name}.wav" in output
         assert Image.open(tmp_path / f"samples/{name}.png").size == (256, 256)
 
     rows = manifest(tmp_path / "samples")
@@ -109,7 +109,7 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     capsys.readouterr()
     go(*flags, "--prompt", "loud", "--prompts", tmp_path / "p.txt", "--n", 3, "--overwrite")
     printed = capsys.readouterr().out
-    assert printed.count(".wav") == 10 and "... and 2 more, listed in" in printed
+    assert printed.count(".wav") == 10 and "12 clips, listed in" in printed
     assert len(manifest(out)) == 13
 
 
@@ -132,9 +132,9 @@ def test_fp32_is_not_tf32(student, tmp_path, tf32, precision, allowed):
 def test_a_name_for_every_clip():
     names = sample.file_names(["a b", "A  b?", "犬が吠える", "!!", "x" * 300, "a-b-2"], 1, 0)
     assert list(names.values()) == [
-        "a-b_seed0_0", "a-b-2_seed0_0", "犬が吠える_seed0_0", "clip_seed0_0",
-        "x" * 60 + "_seed0_0", "a-b-2-2_seed0_0"]
-    assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0", ("a", 1): "a_seed5_1"}
+        "a-b_seed0_0.wav", "a-b-2_seed0_0.wav", "犬が吠える_seed0_0.wav", "clip_seed0_0.wav",
+        "x" * 60 + "_seed0_0.wav", "a-b-2-2_seed0_0.wav"]
+    assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
 
 
 def test_a_picture_has_low_frequencies_below(tmp_path):

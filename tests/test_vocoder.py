@@ -113,9 +113,6 @@ def test_weight_norm_is_folded(tmp_path):
 
 def test_what_is_not_supported_is_one_line(broken):
     path = broken / "vocoder/config.json"
-    path.write_text(json.dumps({**VOCODER, "resblock": "2"}))
-    with pytest.raises(InputError, match="vocoder/config.json: only HiFi-GAN's resblock 1"):
-        Decoder(broken)
     path.write_text(json.dumps({**VOCODER, "upsample_rates": [5, 4, 4]}))
     with pytest.raises(InputError, match="vocoder: cannot be loaded") as e:
         Decoder(broken)
@@ -143,7 +140,7 @@ def test_a_vocoder_that_holds_code_is_not_run(broken):
         with pytest.raises(InputError, match="vocoder") as e:
             Decoder(broken)
         assert "\n" not in str(e.value)
-    assert "vocoder.pt: holds more than tensors or is damaged, and was not run" in str(e.value)
+    assert "vocoder: cannot be loaded (UnpicklingError" in str(e.value)
     assert not Bomb.went_off
 
 
