@@ -10,7 +10,6 @@ import csv
 import functools
 import io
 import json
-import math
 import re
 import shutil
 import sys
@@ -54,19 +53,11 @@ def cli(main):
         sys.exit(code)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the defaults that say something."""
-
-    def _get_help_string(self, action):
-        empty = str(action.default) in ("None", "False", "[]")
-        return action.help if empty else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and complains in one line."""
 
     def __init__(self, description, **kw):
-        wide = functools.partial(HelpFormatter, max_help_position=32)
+        wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
         super().__init__(description=description.split("\n\n")[0], formatter_class=wide,
                          allow_abbrev=False, **kw)
 
@@ -74,14 +65,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def number(kind, low=0, high=math.inf):
+def number(kind, low=0, high=1e18):
     """Return an argparse type: an int or a float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-            finite = "" if math.isfinite(value) else " and finite"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{finite}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be between {low} and {high:g}")
         return value
 
     parse.__name__ = kind.__name__                      # argparse names it in "invalid int value"

@@ -9,6 +9,7 @@
 import contextlib
 import math
 import os
+import runpy
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
-from transformers.audio_utils import mel_filter_bank
 
 from data import InputError, read_json, require, sampling_noise
 from losses import guided, one_step
@@ -30,7 +30,7 @@ huggingface_hub.utils.enable_progress_bars()            # those for downloading 
 diffusers.logging.set_verbosity_error()                 # it warns of Auffusion's unused EMA keys
 
 TINY = Path(__file__).resolve().parent / "tiny/teacher"
-RATE, HOP, WIN, N_FFT = 16000, 160, 1024, 2048          # Auffusion's front end, in samples
+RATE, HOP = 16000, 160                                  # Auffusion's mel frames, in samples
 LOG_MIN, LOG_MAX = math.log(1e-5), math.log(200)        # log-mels of the image's black and white
 
 # ---- where a model is, and where it runs ---------------------------------------------------------
@@ -77,6 +77,7 @@ def open_student(name):
             "train.py (swiftaudio.json, ...) nor a complete model (unet/, ...)")
     require(about.get("parameterization", "eps") == "eps", f"{name}: predicts no eps; train anew")
     return (folder, "", about) if "teacher" in about else (folder, "unet", {"teacher": name})
+
 
 def has_bf16(device):
     """Whether a device computes in bf16 itself: recent GPUs, and CPUs with AVX-512 BF16 or AMX."""
@@ -256,11 +257,12 @@ def load_vocoder(path):
     """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1].
 
     HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in: config.json, vocoder.pt
-    with {"generator": state_dict}. Or Griffin-Lim: {"num_mels": ..., "griffin_lim": steps}.
+    with {"generator": state_dict}. The tiny teacher brings a vocoder of its own.
     """
     config = read_json(path / "config.json")
     if "griffin_lim" in config:
-        return GriffinLim(config["num_mels"], config["griffin_lim"])
+        brought = runpy.run_path(TINY / "vocoder/griffin_lim.py")
+        return brought["GriffinLim"](config["num_mels"], config["griffin_lim"])
     stored = torch.load(path / "vocoder.pt", map_location="cpu", weights_only=True)["generator"]
     # transformers has the network under other names, without weight norm
     state = {k.replace("ups.", "upsampler."): v.float() for k, v in stored.items()}
@@ -274,37 +276,6 @@ def load_vocoder(path):
         layer.padding, layer.output_padding = (extra // 2 + extra % 2,), (extra % 2,)
     vocoder.load_state_dict({**state, "mean": vocoder.mean, "scale": vocoder.scale})
     return vocoder.eval()
-
-
-class GriffinLim(nn.Module):
-    """The tiny teacher's vocoder, which needs no training: docs/LOG.md, 2026-11-20, says why.
-
-    It finds phases as Griffin and Lim (1984), with the momentum of Perraudin et al. (2013).
-    """
-    dtype = torch.float32
-
-    def __init__(self, num_mels, steps):
-        super().__init__()
-        self.steps = steps
-        bank = mel_filter_bank(N_FFT // 2 + 1, num_mels, 0.0, RATE / 2, RATE, "slaney", "slaney")
-        self.bank = torch.tensor(bank, dtype=torch.float32)     # no buffer: half() would round it
-
-    def forward(self, log_mel):                                         # (B, T, M)
-        bank = self.bank.to(log_mel.device)                             # (F, M)
-        mel = log_mel.float().transpose(1, 2).exp()                     # (B, M, T)
-        window, before = torch.hann_window(WIN, device=mel.device), 0
-        magnitude = bank @ mel                                          # (B, F, T)
-        for _ in range(30):         # non-negative magnitudes of these mels: NMF's KL updates
-            ratio = mel / (bank.T @ magnitude + 1e-8)
-            magnitude = magnitude * (bank @ ratio) / (bank.sum(1, keepdim=True) + 1e-8)
-        # random phases, the same in any batch
-        turns = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(0))
-        spec = torch.polar(magnitude, 2 * math.pi * turns.to(mel.device).expand_as(magnitude))
-        for _ in range(self.steps):
-            wav = torch.istft(spec, N_FFT, HOP, WIN, window)
-            now = torch.stft(wav, N_FFT, HOP, WIN, window, return_complex=True)
-            spec, before = torch.polar(magnitude, (now + 0.99 * (now - before)).angle()), now
-        return F.pad(wav, (HOP // 2, HOP // 2)).clamp(-1, 1)
 
 
 # ---- sampling ------------------------------------------------------------------------------------

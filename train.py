@@ -168,8 +168,7 @@ def start(args):
     bf16 = args.precision == "bf16"
     run.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     run.captions, n = data.read_captions(args.captions, args.caption_column, args.max_captions)
-    run.say(f"{args.captions}: {n['rows']} rows, {len(run.captions)} captions used, "
-            f"{n['duplicates']} duplicates and {n['empty']} empty ones left out")
+    run.say(f"{args.captions}: {len(run.captions)} captions used, of {n}")
 
     run.folder = folder = model.find(args.teacher, model.TO_TRAIN)
     run.encode_text, run.shape = model.TextEncoder(folder).to(device), model.latent_shape(folder)
@@ -229,8 +228,7 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
         try:                                            # held until `run` is gone
             run.lock.acquire()
         except Timeout:
-            raise InputError(f"{out}: another process trains there (start several with torchrun); "
-                             f"{instead}")
+            raise InputError(f"{out}: another process trains there; {instead}")
         except NotImplementedError:                     # a cluster's file system without locks
             pass
     if path.exists():
@@ -251,9 +249,8 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
         for name, opt in opts.items():                  # copied, or the file would stay mapped
             opt.load_state_dict(copy.deepcopy(found["opts"][name]))
         run.first_step, run.lines = found["step"], found["lines"]
-    else:
-        require(not (out / "student").exists(),
-                f"{out}: holds a student but no checkpoint to resume from; {instead}")
+    require(run.first_step or not (out / "student").exists(),
+            f"{out}: holds a student but no checkpoint to resume from; {instead}")
     if run.ranks > 1:
         steps = [None] * run.ranks
         dist.all_gather_object(steps, run.first_step)
@@ -372,15 +369,14 @@ class Log:
 
         InputError where one is not finite, a gradient's norm above all: call this before saving.
         """
-        samples = (step - self.step) * self.run.config["captions a step"]
-        line = {"step": step, "samples_per_s": samples / (time.time() - self.time)}
+        speed = (step - self.step) * self.run.config["captions a step"] / (time.time() - self.time)
+        line = {"step": step, "samples_per_s": speed}
         for name, row in self.sums.items():
             if self.run.ranks > 1:
                 dist.all_reduce(row)
             line[name] = float(row[0] / row[1])
             require(math.isfinite(line[name]), f"steps {self.step + 1} to {step}: {name} is not "
-                    "finite, and nothing of these steps is saved. The same command goes on from "
-                    "before them; give it smaller rates, or --precision fp32")
+                    "finite; the last checkpoint is good. Go on with smaller rates or in fp32")
         self.sums, self.step, self.time = {}, step, time.time()
         self.lines.append(line)
         if self.run.rank == 0:
@@ -419,9 +415,7 @@ def main(argv=None):
             return lora_eps(x, t, text)
 
     run.say(json.dumps(run.config))
-    run.say(f"{args.batch_size} x {args.grad_accum} accumulated x {run.ranks} processes = "
-            f"{run.config['captions a step']} captions a step, latents {run.shape}, alpha_T "
-            f"{alpha[-1]:.6f}, {device.type} {args.precision}, from step {run.first_step}")
+    run.say(f"latents {run.shape}, {device.type} {args.precision}, from step {run.first_step}")
 
     # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
     log = Log(run)
@@ -466,8 +460,7 @@ def main(argv=None):
         if code := end_step(run, step + 1, log, bar, "vsd", "lora", "x0_std"):
             return code
 
-    run.say(f"student: {run.out / 'student'}; hear it: python sample.py --student "
-            f'{run.out / "student"} --prompt "..."')
+    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from transformers.audio_utils import mel_filter_bank
 
 from data import InputError, require
-from model import HOP, LOG_MAX, LOG_MIN, N_FFT, RATE, WIN, load_part, pretrained
+from model import HOP, LOG_MAX, LOG_MIN, RATE, load_part, pretrained
 
 # ---- waveform -> log-mel -> image ----------------------------------------------------------------
 
@@ -19,6 +19,8 @@ def mel_filters(n_mels, device):
     """Slaney mel filters (N_FFT / 2 + 1, n_mels) over 0..8000 Hz, librosa's default."""
     bank = mel_filter_bank(N_FFT // 2 + 1, n_mels, 0.0, RATE / 2, RATE, "slaney", "slaney")
     return torch.tensor(bank, dtype=torch.float32, device=device)
+
+WIN, N_FFT = 1024, 2048                                 # Auffusion's front end, in samples
 
 
 def log_mel(wav, n_mels=256):
