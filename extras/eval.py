@@ -217,7 +217,9 @@ def crop(source, target, args):
     length = min(len(wav), round(args.seconds * rate))
     rng = np.random.default_rng((args.crop_seed, zlib.crc32(target.name.encode())))
     start = int(rng.integers(len(wav) - length + 1))
-    write_wav(target, wav[start:start + length], rate, "FLOAT")
+    kind = soundfile.info(source).subtype
+    kind = kind if soundfile.check_format("WAV", kind) else "PCM_24"
+    write_wav(target, wav[start:start + length], rate, kind)
 
 
 def clotho(args):

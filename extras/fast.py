@@ -27,8 +27,7 @@ def fold_upsampling(decoder):
     for block in getattr(decoder, "up_blocks", []):
         if block.upsamplers:
             block.upsamplers[0] = folded(block.upsamplers[0].conv)
-    layers = getattr(decoder, "layers", [])
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(layers := getattr(decoder, "layers", [])):
         if isinstance(layer, nn.Upsample):
             layers[i], layers[i + 1] = nn.Identity(), folded(layers[i + 1])
 

@@ -20,7 +20,6 @@ from model import RATE, TINY, cause
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
 CLASSIFIER = TINY.parent / "classifier.safetensors"
-EPS = 1e-6                              # added to the generated clip's probabilities in KL
 
 
 # ---- the two networks, under the published parameter names ---------------------------------------
@@ -102,13 +101,13 @@ class VGGish(nn.Module):
 def load_network(kind, folder, download=False):
     """Load Cnn14 or VGGish from its published file, in eval mode; its sha256 is the file's."""
     path, network = Path(folder) / kind.file, kind()
+    require(download or path.exists(), f"{path}: missing; get {kind.url} or pass --download")
     try:
-        if download and not path.exists():
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(kind.url, path)
     except OSError as e:
         raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
-    require(path.exists(), f"{path}: missing; get {kind.url} or pass --download")
     # PANNs' file holds counters of numpy 1, which a pickle names in either of two ways
     core = getattr(np, "_core", None) or np.core
     plain = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
@@ -188,8 +187,8 @@ def frechet(x, y):
 
 def kl_divergence(reference, generated):
     """Mean of KL(softmax(reference) || softmax(generated) + 1e-6) of logits (n, classes)."""
-    p, q = reference.double().log_softmax(-1), generated.double().softmax(-1)
-    return float((p.exp() * (p - (q + EPS).log())).sum(-1).mean())
+    p, q = reference.double().log_softmax(-1), generated.double().softmax(-1) + 1e-6
+    return float((p.exp() * (p - q.log())).sum(-1).mean())
 
 
 def inception_score(logits, splits=10):

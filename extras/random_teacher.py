@@ -5,13 +5,12 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-VOCODER = dict(
-    num_mels=256, upsample_rates=[5, 4, 2, 2, 2], upsample_kernel_sizes=[11, 8, 4, 4, 4],
-    upsample_initial_channel=1024, resblock="1", resblock_kernel_sizes=[3, 7, 11],
-    resblock_dilation_sizes=[[1, 3, 5]] * 3)
 FULL = dict(        # Auffusion's: 859.5 M parameters in the UNet
-    dim=768, unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), vocoder=VOCODER,
-    seconds=10.24, text_layers=12, heads=8, layers=2, groups=32, vocab=49408, text_heads=12)
+    dim=768, unet=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), seconds=10.24,
+    text_layers=12, heads=8, layers=2, groups=32, vocab=49408, text_heads=12, vocoder=dict(
+        num_mels=256, upsample_rates=[5, 4, 2, 2, 2], upsample_kernel_sizes=[11, 8, 4, 4, 4],
+        upsample_initial_channel=1024, resblock="1", resblock_kernel_sizes=[3, 7, 11],
+        resblock_dilation_sizes=[[1, 3, 5]] * 3))
 
 
 def write_tokenizer(folder):

@@ -70,8 +70,9 @@ def test_the_loop_of_training_is_train_py_s(plain, tmp_path, monkeypatch):
         step()
         for name, (loss,) in found.items():
             assert loss.mean().item() == pytest.approx(line[name], rel=1e-4)
-    student = 3 * bench.flops(lambda: unet_of(plain))       # forward, and twice that backward
-    assert bench.flops(step) == pytest.approx(2 * 3 * student, rel=0.1)     # 9 forwards, 2 samples
+    forward = bench.flops(lambda: unet_of(plain))
+    # 3 for the student, 2 for each guided network, 2 for the LoRA teacher's update; its adapters
+    assert 1 < bench.flops(step) / (2 * 9 * forward) < 1.2
 
 
 def unet_of(plain):
