@@ -1,8 +1,7 @@
 """Captions in, everything random about a training sample, and what all commands share.
 
 Sample n of a run has the same caption, noise and timesteps however the batch is split over
-micro-batches and processes, and whether or not the run was interrupted: all of it is a function
-of (seed, n), so there is no state to save.
+micro-batches and processes, interrupted or not: all of it is a function of (seed, n).
 """
 import argparse
 import contextlib
@@ -113,10 +112,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eva
 
 
 def read_rows(path, column=None):
-    """Read the rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings for bare text.
-
-    Raises InputError where the file is missing, not UTF-8 or not what its ending says.
-    """
+    """Read the rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings for bare text."""
     path = Path(path)
     kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
     require(path.is_file(), f"{path}: no such file; pass a {known} file")
@@ -151,10 +147,7 @@ def csv_rows(path, text, delimiter):
 
 
 def json_rows(path, text, column):
-    """Decode one JSON document, or JSON lines: the rows that hold captions.
-
-    A document is a list, an object of captions by id, or an object with such a list in it.
-    """
+    """Decode JSON lines, or a list, an object of captions by id, or one with such a list in it."""
     values, at, text = [], 0, text.strip()
     try:
         while at < len(text):
@@ -193,8 +186,7 @@ def caption_columns(names):
 def read_captions(path, column=None, limit=None):
     """Read the distinct captions of a file, in its order, and count what was left out.
 
-    column: their column or key, if its name is unusual. limit: keep the first so many.
-    Returns (captions, {"rows", "empty", "duplicates"}). Raises InputError naming file and row.
+    column: their column or key. limit: keep the first so many. InputError names file and row.
     """
     rows, found = read_rows(path, column), []
     for n, row in enumerate(rows, 1):

@@ -36,31 +36,25 @@ class LoRA:
         return y + self.scale * self.lora_B(self.lora_A(x)) if self.enabled else y
 
 
-class LoRALinear(LoRA, nn.Linear):
-    pass
-
-
-class LoRAConv2d(LoRA, nn.Conv2d):
-    pass
+TWINS = {kind: type(f"LoRA{kind.__name__}", (LoRA, kind), {}) for kind in (nn.Linear, nn.Conv2d)}
 
 
 def inject(network, targets="qv", rank=64, alpha=128):
-    """Freeze `network`, give the layers that `targets` names an adapter, and return its weights.
+    """Freeze a network, give the layers of TARGETS[targets] adapters, and return their weights.
 
-    targets: a key of TARGETS. It is in place, and no weight is copied. Defaults are the paper's.
+    In place, and no weight is copied. The defaults are the paper's.
     """
     network.requires_grad_(False)
     found = [module for name, module in network.named_modules()
-             if type(module) in (nn.Linear, nn.Conv2d) and TARGETS[targets](name, module)]
+             if type(module) in TWINS and TARGETS[targets](name, module)]
     require(found, f"no layer of this network matches targets={targets!r}")
     for layer in found:
         kw = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
+        layer.__class__ = TWINS[type(layer)]
         if isinstance(layer, nn.Linear):
-            layer.__class__ = LoRALinear
             layer.lora_A = nn.Linear(layer.in_features, rank, **kw)
             layer.lora_B = nn.Linear(rank, layer.out_features, **kw)
-        else:
-            layer.__class__ = LoRAConv2d                            # A has its size, B is 1 x 1
+        else:                                                       # A has its size, B is 1 x 1
             layer.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
                                      layer.padding, **kw)
             layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **kw)

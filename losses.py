@@ -35,8 +35,7 @@ def diffuse(x0, t, eps, alpha, sigma):
 def guided(eps, null, scale):
     """Classifier-free guidance (arXiv 2207.12598): eps(null) + scale (eps(text) - eps(null)).
 
-    Returns a denoiser. null (1, tokens, dim) encodes the empty caption. Both halves run in one
-    batch of 2 B; scale 1 needs no second half.
+    A denoiser of both in one batch of 2 B. null (1, tokens, dim) encodes the empty caption.
     """
     if scale == 1:
         return eps

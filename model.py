@@ -310,9 +310,8 @@ def many_steps(eps, z_T, text, scheduler, steps):
 class System:
     """A text-to-audio model from prompts to sound, made by load_student() or load_teacher().
 
-    These set latents(z_T, text), what its UNet does in one step or many, differentiable in z_T.
-    Has encode_text, decoder, unet, shape (C, h, w) of the latents, seconds, and about, a dict that
-    says which system it is.
+    Has latents(z_T, text), one step or many, differentiable in z_T; encode_text, decoder, unet,
+    shape (C, h, w) of the latents, seconds, and about, a dict that says which system it is.
     """
 
     def __init__(self, folder, unet, about, seconds, precision, device, small=None):

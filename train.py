@@ -5,15 +5,13 @@
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1    # on four GPUs
     python train.py --init out/student --out_dir out2       # go on from a student, as a new run
 
-The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes to
---out_dir: student/ (a diffusers UNet for sample.py), lora/ (PEFT's format), checkpoint.pt and
-metrics.jsonl.
+The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes student/
+(a diffusers UNet for sample.py), lora/ (PEFT's format), checkpoint.pt, metrics.jsonl to --out_dir.
 """
 import argparse
 import copy
 import hashlib
 import json
-import math
 import os
 import shlex
 import shutil
@@ -21,7 +19,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -157,7 +154,7 @@ def adamw(args, weights, lr):
 
 def start(args):
     """Start the processes and load all that a training script needs: a namespace of it."""
-    run = SimpleNamespace(args=args, out=Path(args.out_dir), first_step=0, lines=[])
+    run = argparse.Namespace(args=args, out=Path(args.out_dir), first_step=0, lines=[])
     run.rank, run.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run.say = tqdm.write if run.rank == 0 else lambda line: None
     run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
@@ -165,8 +162,7 @@ def start(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and model.has_bf16(device) else "fp32"
-    bf16 = args.precision == "bf16"
-    run.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    run.amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     run.captions, n = data.read_captions(args.captions, args.caption_column, args.max_captions)
     run.say(f"{args.captions}: {len(run.captions)} captions used, of {n}")
 
@@ -191,7 +187,7 @@ def start(args):
                   "first student's weights": fingerprint(run.student),
                   "captions' text": digest("\n".join(run.captions).encode()),
                   "captions a step": args.batch_size * args.grad_accum * run.ranks}
-    run.unet = unet.to(torch.bfloat16 if bf16 else torch.float32)
+    run.unet = unet.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     return run
 
 
@@ -206,19 +202,17 @@ def fingerprint(network):
     return digest(torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy().tobytes())
 
 
-# Flags that may differ on resume; changing any other makes it a different run. Of teacher, first
-# student and captions, what they are is compared; of a batch, its size.
-MAY_CHANGE = set(
-    "max_steps save_every keep_every log_every out_dir device compile checkpointing captions "
-    "caption_column max_captions teacher init batch_size grad_accum cache "
-    "lr lora_lr d_lr precision".split())                # to get past a step that was not finite
+# Flags that may differ on resume: of teacher, first student and captions what they are is compared,
+# of a batch its size; rates and precision, to get past a step that was not finite.
+MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compile checkpointing "
+                 "captions caption_column max_captions teacher init batch_size grad_accum cache "
+                 "lr lora_lr d_lr precision".split())
 
 
 def resume(run, weights, opts, instead="choose another --out_dir"):
     """Go on from this run's checkpoint, if there is one: weights {name: [w]}, opts {name: opt}.
 
-    Sets run.first_step and run.lines. InputError, naming the flag, for another run's, and where
-    the disk has no room for ours; instead: the advice that ends it.
+    InputError for another run's, naming the flag, and where the disk has no room for ours.
     """
     out, path, ours = run.out, run.out / "checkpoint.pt", run.config
     run.weights, run.opts = weights, opts
@@ -229,7 +223,7 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
             run.lock.acquire()
         except Timeout:
             raise InputError(f"{out}: another process trains there; {instead}")
-        except NotImplementedError:                     # a cluster's file system without locks
+        except (OSError, NotImplementedError):          # a cluster's file system without locks
             pass
     if path.exists():
         try:                                            # torch maps no name that is not UTF-8
@@ -259,8 +253,8 @@ def resume(run, weights, opts, instead="choose another --out_dir"):
     size = sum(w.nbytes * (1 if name == "ema" else 3)   # Adam has two for each weight
                for name, tensors in weights.items() for w in tensors)
     free, copies = shutil.disk_usage(out).free, 1 if run.first_step else 2      # while replaced
-    require(free > copies * size, f"{out}: {free / 1e9:.1f} GB are free, and saving takes "
-            f"{copies} x {size / 1e9:.1f} GB")
+    require(free > copies * size, f"{out}: {free / 1e9:.1f} GB are free, saving takes {copies} x "
+            f"{size / 1e9:.1f} GB")
 
 
 def prepare(run, nets):
@@ -308,14 +302,11 @@ def save_student(run, folder, step):
 
 
 def steps_left(run, log, name):
-    """A progress bar over the steps that are left. From here on a signal waits for a step's end.
-
-    SIGTERM may come twice, from a scheduler and from torchrun; a second Ctrl-C ends it at once.
-    """
+    """A progress bar over the steps that are left. From here on a signal waits for a step's end."""
     if run.first_step >= run.args.max_steps and run.rank == 0:  # perhaps killed between two files
         save_run(run, run.first_step, log)
     caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
-    for n in (signal.SIGTERM, ctrl_c):
+    for n in (signal.SIGTERM, ctrl_c):          # SIGTERM may come twice; a second Ctrl-C ends it
         signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(ctrl_c, signal.SIG_DFL)))
     run.caught = caught
     return tqdm(range(run.first_step, run.args.max_steps), initial=run.first_step,
@@ -323,10 +314,7 @@ def steps_left(run, log, name):
 
 
 def end_step(run, done, log, bar, *shown):
-    """Log and save what is due behind step `done`; shown: the values beside the progress bar.
-
-    Returns the exit code where a signal ends the run, else None.
-    """
+    """Log and save what is due behind step `done`; return the exit code of a signal that came."""
     args, signalled = run.args, run.caught.clone()      # another may come while they compare
     if run.ranks > 1:
         dist.all_reduce(signalled, dist.ReduceOp.MAX)
@@ -348,8 +336,7 @@ def end_step(run, done, log, bar, *shown):
 class Log:
     """Mean values, a line per interval, in metrics.jsonl and in the checkpoint.
 
-    To log a value, add() it in the loop. Sums stay on the device, as reading one each step would
-    stall a GPU.
+    Sums stay on the device, as reading one each step would stall a GPU.
     """
 
     def __init__(self, run):
@@ -375,7 +362,7 @@ class Log:
             if self.run.ranks > 1:
                 dist.all_reduce(row)
             line[name] = float(row[0] / row[1])
-            require(math.isfinite(line[name]), f"steps {self.step + 1} to {step}: {name} is not "
+            require(row.isfinite().all(), f"steps {self.step + 1} to {step}: {name} is not "
                     "finite; the last checkpoint is good. Go on with smaller rates or in fp32")
         self.sums, self.step, self.time = {}, step, time.time()
         self.lines.append(line)
@@ -453,7 +440,7 @@ def main(argv=None):
             log.add("x0_std", x0.std((1, 2, 3)))
 
         for name, opt in opts.items():
-            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
             log.add(f"grad_{name}", norm)       # the run ends where it is not finite
             opt.step()
         average(weights, args.ema, step)
