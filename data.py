@@ -112,7 +112,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eva
 
 
 def read_rows(path, column=None):
-    """Read the rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings for bare text."""
+    """Rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings where text is bare."""
     path = Path(path)
     kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
     require(path.is_file(), f"{path}: no such file; pass a {known} file")
