@@ -78,20 +78,20 @@ def main(argv=None):
         prompt = gr.Textbox(label="a sound", placeholder="a dog barks while (rain:2) falls")
         with gr.Row():
             fast = (open_student(args.student)[0] / "decoder/config.json").exists()
-            asked = [seed := gr.Number(args.seed, label="seed", precision=0),
+            asked = [prompt, seed := gr.Number(args.seed, label="seed", precision=0),
                      gr.Slider(1, args.batch_size, 1, step=1, label="clips"),
                      gr.Number(system_of(args.decoder).seconds, label="seconds"),
                      gr.Radio(["vae", "fast"][:1 + fast], value=args.decoder, label="decoder")]
             make, another = gr.Button("make", elem_id="make"), gr.Button("another")
         with gr.Accordion("edit a recording", open=False):
-            asked += [gr.Audio(type="filepath", label="recording, a minute at most"),
+            asked += [gr.Audio(type="filepath", label="recording, a minute at most", buttons=[]),
                       gr.Textbox(label="what the recording sounds like"),
                       gr.Slider(0, 1, 0.2, label="strength of the edit")]
         shown = [gr.HTML(elem_id="line"), gr.HTML(elem_id="results"), gr.State([])]
         another.click(None, seed, seed, js="seed => seed + 1")
-        gr.on([prompt.input, *(x.change for x in asked)], None, js="() => { clearTimeout(window.later);"
-              "window.later = setTimeout(() => make.click(), 300) }")     # when all is still for 0.3 s
-        make.click(answer, [prompt, *asked, shown[2]], shown, trigger_mode="always_last")
+        gr.on([x.change for x in asked], None, js="() => { clearTimeout(window.later); "
+              "window.later = setTimeout(() => make.click(), 300) }")   # all is still for 0.3 s
+        make.click(answer, [*asked, shown[2]], shown, trigger_mode="always_last")
     page.queue(api_open=False, max_size=64, default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, share=args.share, max_file_size="20mb")
 
