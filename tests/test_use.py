@@ -1,9 +1,7 @@
 """docs/USE.md: each piece of its code runs, and does what it says."""
 import os
 import re
-import shutil
-import subprocess
-import sys
+import runpy
 
 import pytest
 import runs
@@ -12,9 +10,8 @@ import torch
 from conftest import ROOT
 
 import train
-from losses import one_step
-from model import TextEncoder, load_student, load_unet, noise_schedule
-from test_house import SIX
+from data import InputError
+from model import load_student, load_unet
 
 DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
 API, DIFFUSERS, DDIM, PEFT = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
@@ -99,23 +96,15 @@ def apply(diff, code):
 
 
 def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
-    for name in SIX:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    shutil.copytree(ROOT / "tiny/teacher", tmp_path / "tiny/teacher")
-    shutil.copy(ROOT / "tiny/captions.csv", tmp_path / "tiny")
-    code = (tmp_path / "train.py").read_text(encoding="utf-8")
+    code = (ROOT / "train.py").read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(apply(FORK, code), encoding="utf-8")
-
-    def go(*flags):
-        return subprocess.run([sys.executable, "train.py", *TRAIN, *flags], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=600)
-
+    fork = runpy.run_path(str(tmp_path / "train.py"))["main"]
     for out, weight in (("a", "0"), ("b", "100")):
-        done = go("--out_dir", out, "--spread_weight", weight)
-        assert done.returncode == 0, done.stderr
+        fork([*TRAIN, "--out_dir", str(tmp_path / out), "--spread_weight", weight])
     plain, pulled = (runs.metrics(tmp_path / out) for out in "ab")
-    assert all(line["spread"] == pytest.approx((line["x0_std"] - 1) ** 2, rel=0.2) for line in plain)
-    assert plain[0]["spread"] == pulled[0]["spread"]
+    for line in plain:                                      # a mean of squares: at least this
+        assert line["spread"] >= (line["x0_std"] - 1) ** 2 - 1e-6 > 0
+    assert plain[0]["spread"] == pulled[0]["spread"]        # of the same first student
     assert plain[0]["grad_student"] != pulled[0]["grad_student"]
-    done = go("--out_dir", "b", "--spread_weight", "1", "--max_steps", "3")
-    assert done.returncode == 1 and "--spread_weight" in done.stderr
+    with pytest.raises(InputError, match="--spread_weight 100.0, this one has 1.0"):
+        fork([*TRAIN, "--out_dir", str(tmp_path / "b"), "--spread_weight", "1"])
