@@ -318,6 +318,21 @@ MUTANTS = [
     ("tiny.score: the floor is one rendering", "tiny/score.py", "real(rows, FLOOR + seed))}", "real(rows, FLOOR))}", "tiny"),
     ("unseen pairs are trained on", "tiny/world.py", "p not in UNSEEN and p[::-1] not in UNSEEN", "p not in UNSEEN", "tiny"),
     ("then is while", "tiny/world.py", "start = int(i * N / 2) if ordered else 0", "start = 0", "tiny"),
+    # ---- extras/app.py
+    ("requests do not queue", "extras/app.py", "default_concurrency_limit=1)", "default_concurrency_limit=20)", "app"),
+    ("a request keeps the last length", "extras/app.py", "system.seconds, system.shape = seconds, latent_shape(system.folder, seconds)", "system.seconds = seconds", "app"),
+    ("the page's seed is not the clip's", "extras/app.py", "z_T = system.noise(range(n), seed)", "z_T = system.noise(range(n), 0)", "app"),
+    ("the page ignores the strength", "extras/app.py", "start + strength * z_T", "start + 0.2 * z_T", "app"),
+    ("the page ignores the decoder", "extras/app.py", "system = system_of(decoder)", "system = system_of(args.decoder)", "app"),
+    ("an inverted recording of another seed", "extras/app.py", "words, system, seed)", "words, system, 0)", "app"),
+    ("all results stay", "extras/app.py", "*results][:20]", "*results]", "app"),
+    ("a result of any length of upload", "extras/app.py", "about.duration <= 60 and ", "", "app"),
+    ("an upload of many channels or a high rate", "extras/app.py", " and about.frames * about.channels <= 2 ** 24,", ",", "app"),
+    ("an upload of any size", "extras/app.py", ', max_file_size="20mb"', "", "app"),
+    ("telemetry", "extras/app.py", '"GRADIO_ANALYTICS_ENABLED": "False", ', '"GRADIO_ANALYTICS_ENABLED": "True", ', "app"),
+    ("open to other machines", "extras/app.py", 'default="127.0.0.1"', 'default="0.0.0.0"', "app"),
+    ("requests past the queue", "extras/app.py", "api_open=False, ", "api_open=True, ", "app"),
+    ("the command is markup", "extras/app.py", "command = html.escape(f\"python {script} {shlex.join([*flags, *edit])}\")", "command = f\"python {script} {shlex.join([*flags, *edit])}\"", "app"),
 ]
 
 

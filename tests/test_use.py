@@ -1,0 +1,110 @@
+"""docs/USE.md: each piece of its code runs, and does what it says."""
+import os
+import re
+import runpy
+
+import pytest
+import runs
+import soundfile
+import torch
+from conftest import ROOT
+
+import train
+from data import InputError
+from model import load_student, load_unet
+
+DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
+API, DIFFUSERS, DDIM, PEFT = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+FORK, = re.findall(r"```diff\n(.*?)```", DOC, re.DOTALL)
+TRAIN = ["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu",
+         "--log_every", "1", "--no-decay"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the tiny teacher and out/, a student and adapters of two steps."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny").symlink_to(ROOT / "tiny", target_is_directory=True)
+    train.main([*TRAIN, "--out_dir", str(home / "out")])
+    return home
+
+
+@pytest.fixture(scope="module")
+def names(home):
+    """What the pieces of plain diffusers and PEFT define, run one after the other."""
+    before, found = os.getcwd(), {}
+    os.chdir(home)
+    try:
+        torch.manual_seed(0)
+        for piece in (DIFFUSERS, DDIM, PEFT):
+            exec(piece, found)
+    finally:
+        os.chdir(before)
+    return found
+
+
+def test_the_api(home, monkeypatch):
+    monkeypatch.chdir(home)
+    exec(API, found := {})
+    wav, rate = soundfile.read(home / "dog.wav", dtype="float32")
+    assert rate == 16000 and len(wav) == 2.56 * rate and wav.any()
+    assert found["wavs"].shape == (2, len(wav)) and abs(found["wavs"][0] - wav).max() < 1e-4
+    assert len(API.splitlines()) <= 5
+
+
+def test_plain_diffusers_makes_the_clip_that_ours_makes(home, names):
+    system = load_student(home / "out/student", precision="fp32", device="cpu")
+    text = system.encode_text(["a dog barks twice"])
+    torch.testing.assert_close(names["text"], text)
+    assert names["z_T"].shape == (1, *system.shape)
+    with torch.no_grad():
+        x0 = system.latents(names["z_T"], text)
+    assert (names["x0"] - x0).abs().max() < 1e-4 * x0.std()
+
+
+def test_ddim_in_one_trailing_step_is_eq_1_to_rounding(names):
+    x0, T, eps, z_T = (names[k] for k in ("x0", "T", "eps", "z_T"))
+    assert (names["x0_ddim"] - x0).abs().max() < 1e-4
+    published = type(names["scheduler"]).from_config(names["scheduler"].config,
+                                                     set_alpha_to_one=False)
+    published.set_timesteps(1)
+    off = (published.step(eps, T, z_T).prev_sample - x0).abs().max()
+    assert 0.02 < off < 0.5                                 # the doc says 0.1
+
+
+def test_peft_has_the_lora_teacher_and_the_teacher(home, names):
+    teacher = load_unet(ROOT / "tiny/teacher")
+    with torch.no_grad():
+        expected = teacher(names["z_T"], names["T"], names["text"]).sample
+    torch.testing.assert_close(names["eps_teacher"], expected, rtol=0, atol=1e-5)
+    assert (names["eps_lora"] - expected).abs().max() > 1e-4        # it has learned
+
+
+def apply(diff, code):
+    """Put a diff without line numbers into code: + behind the line before it, or in place of -."""
+    old = None
+    for mark, line in ((line[0], line[1:].strip()) for line in diff.splitlines()):
+        if mark == "+":
+            (place, new) = old
+            code, old = code.replace(place, new(line)), (line, new)
+            continue
+        assert code.count(line) == 1, f"train.py has {code.count(line)} times {line!r}"
+        indent = re.search(rf"^( *).*{re.escape(line)}", code, re.MULTILINE)[1]
+        keep = f"{line}\n{indent}" if mark == " " else ""
+        old = line, lambda added, keep=keep: keep + added
+    return code
+
+
+def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
+    code = (ROOT / "train.py").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(apply(FORK, code), encoding="utf-8")
+    fork = runpy.run_path(str(tmp_path / "train.py"))["main"]
+    for out, weight in (("a", "0"), ("b", "100")):
+        fork([*TRAIN, "--out_dir", str(tmp_path / out), "--spread_weight", weight])
+    plain, pulled = (runs.metrics(tmp_path / out) for out in "ab")
+    for line in plain:                                      # a mean of squares: at least this
+        assert line["spread"] >= (line["x0_std"] - 1) ** 2 - 1e-6 > 0
+    assert plain[0]["spread"] == pulled[0]["spread"]        # of the same first student
+    assert plain[0]["grad_student"] != pulled[0]["grad_student"]
+    with pytest.raises(InputError, match="--spread_weight 100.0, this one has 1.0"):
+        fork([*TRAIN, "--out_dir", str(tmp_path / "b"), "--spread_weight", "1"])
