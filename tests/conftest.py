@@ -245,9 +245,11 @@ def started(path, script, *flags, cwd, **kw):
     """A command as it runs, from when there is something in the file `path`."""
     with start(script, flags, cwd, **kw) as process:
         try:
-            until = time.time() + 120
+            until = time.time() + 300
             while not (path.exists() and path.stat().st_size):
-                assert process.poll() is None and time.time() < until, process.communicate()
+                if process.poll() is not None or time.time() > until:
+                    process.terminate()
+                    pytest.fail(process.communicate(timeout=60)[0])
                 time.sleep(0.05)
             yield process
         finally:
