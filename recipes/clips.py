@@ -1,4 +1,4 @@
-"""A teacher's own clips, made once and kept: what arc.py and energy.py learn from."""
+"""A teacher's own clips, made once and kept: what arc.py, energy.py and consistency.py learn from."""
 import json
 import time
 from pathlib import Path
