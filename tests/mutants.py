@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import diffusers            # noqa: F401: imported here once, and not by every fork
+import diffusers            # noqa: F401  (once, and not in every fork)
 import peft                 # noqa: F401
 import pytest
 import torch
