@@ -19,11 +19,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import diffusers            # noqa: F401  (once, and not in every fork)
-import peft                 # noqa: F401
+import diffusers  # noqa: F401  (once, and not in every fork)
+import peft  # noqa: F401
 import pytest
 import torch
-import transformers         # noqa: F401
+import transformers  # noqa: F401
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
