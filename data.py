@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def number(kind, low=0, high=1e18):
+def number(kind, low=0, high=1e38):
     """Return an argparse type: an int or a float in [low, high]."""
     def parse(text):
         value = kind(text)

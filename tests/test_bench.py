@@ -122,8 +122,8 @@ def test_the_command_line(what, rows, plain, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("given, says", [
     (["train", "--size", "full"], "needs a CUDA GPU"),
-    (["train", "--runs", "0"], "--runs: 0 must be between 1 and 1e+18"),
-    (["sample", "--batch_size", "0"], "--batch_size: 0 must be between 1 and 1e+18"),
+    (["train", "--runs", "0"], "--runs: 0 must be between 1 and 1e+38"),
+    (["sample", "--batch_size", "0"], "--batch_size: 0 must be between 1 and 1e+38"),
     (["scale"], "invalid choice: 'scale'"), ([], "what")])
 def test_what_cannot_be_measured_is_refused_in_a_line(given, says, tmp_path):
     refused("extras.bench", *given, "--device", "cpu", cwd=tmp_path, says=[says])

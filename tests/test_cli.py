@@ -30,12 +30,12 @@ def test_numbers_within_their_bounds(type, text, value):
 
 
 @pytest.mark.parametrize("type, text, says", [
-    (number(int, 1), "0", "--flag: 0 must be between 1 and 1e+18"),
-    (number(int), "-1", "--flag: -1 must be between 0 and 1e+18"),
+    (number(int, 1), "0", "--flag: 0 must be between 1 and 1e+38"),
+    (number(int), "-1", "--flag: -1 must be between 0 and 1e+38"),
     (number(float, 0, 1), "1.5", "--flag: 1.5 must be between 0 and 1"),
     (number(float, 0, 0.99999), "1", "--flag: 1 must be between 0 and 0.99999"),
-    (number(float), "nan", "--flag: nan must be between 0 and 1e+18"),
-    (number(float), "inf", "--flag: inf must be between 0 and 1e+18"),
+    (number(float), "nan", "--flag: nan must be between 0 and 1e+38"),
+    (number(float), "inf", "--flag: inf must be between 0 and 1e+38"),
     (number(int), "1.5", "--flag: invalid int value: '1.5'"),
     (number(float), "much", "--flag: invalid float value: 'much'"),
     (number(int), "", "--flag: invalid int value: ''")])
@@ -199,5 +199,5 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
 def test_the_commands_complain_in_one_line(script, tmp_path):
     refused(script, "--no_such_flag", cwd=tmp_path, says=["--no_such_flag"])
     refused(script, "--device", "cpu", "--batch_size", "0", cwd=tmp_path,
-            says=["--batch_size: 0 must be between 1 and 1e+18"])
+            says=["--batch_size: 0 must be between 1 and 1e+38"])
     refused(script, "--precision", "fp8", cwd=tmp_path, says=["--precision", "fp8", "fp32"])
