@@ -308,7 +308,7 @@ def test_it_trains_resumes_bit_for_bit_and_is_heard(go, tmp_path, monkeypatch):
 # ---- bad input ---------------------------------------------------------------------------------
 
 def test_refusals(where, tmp_path):
-    for flags, says in ((["--ode_steps", 1], ["--ode_steps", "at least 2"]),
+    for flags, says in ((["--ode_steps", 1], ["--ode_steps", "between 2"]),
                         (["--ode_steps", 500], ["--ode_steps 500", "at most 499"]),
                         (["--student_t", 625], ["--student_t 625", "999"]),
                         (["--loss", "l1"], ["--loss", "huber"]),

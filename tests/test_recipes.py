@@ -445,7 +445,7 @@ def test_refusals(plain, adapter, broken, captions, clips, student, tmp_path):
             ("arc", [*teacher, "--samples", 2], ["unrecognized", "--samples"]),
             ("arc", [*teacher, "--lora_rank", 2], ["unrecognized", "--lora_rank"]),
             ("energy", [*teacher, "--tv_weight", 1], ["unrecognized", "--tv_weight"]),
-            ("energy", [*teacher, "--samples", 1], ["--samples", "at least 2"]),
+            ("energy", [*teacher, "--samples", 1], ["--samples", "between 2"]),
             ("arc", [*teacher, "--batch_size", 1], ["--batch_size 1", "--contrast 0"]),
             ("energy", [*teacher, "--clips", 3], ["--clips 3", "--batch_size 4"]),
             ("energy", [*teacher, "--patch", 3], ["--patch 3", "8"]),
