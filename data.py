@@ -60,6 +60,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description.split("\n\n")[0], formatter_class=wide,
                          allow_abbrev=False, **kw)
 
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+
     def error(self, message):
         raise InputError(message.removeprefix("argument "))
 

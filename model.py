@@ -256,8 +256,7 @@ def image_to_mel(image):
 def load_vocoder(path):
     """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1].
 
-    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in: config.json, vocoder.pt
-    with {"generator": state_dict}. The tiny teacher brings a vocoder of its own.
+    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in; or the tiny teacher's own.
     """
     config = read_json(path / "config.json")
     if "griffin_lim" in config:

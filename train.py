@@ -305,10 +305,10 @@ def steps_left(run, log, name):
     """A progress bar over the steps that are left. From here on a signal waits for a step's end."""
     if run.first_step >= run.args.max_steps and run.rank == 0:  # perhaps killed between two files
         save_run(run, run.first_step, log)
-    caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
+    run.caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
     for n in (signal.SIGTERM, ctrl_c):          # SIGTERM may come twice; a second Ctrl-C ends it
-        signal.signal(n, lambda n, _: (caught.fill_(n), signal.signal(ctrl_c, signal.SIG_DFL)))
-    run.caught = caught
+        signal.signal(n, lambda n, _: (run.caught.fill_(n),
+                                       signal.signal(ctrl_c, signal.SIG_DFL)))
     return tqdm(range(run.first_step, run.args.max_steps), initial=run.first_step,
                 total=run.args.max_steps, desc=name, disable=run.rank > 0)
 
@@ -352,10 +352,7 @@ class Log:
         self.sums[name] = self.sums.get(name, 0) + row              # sum, count
 
     def write(self, step):
-        """Write the means since the last line, over all processes, and return them.
-
-        InputError where one is not finite, a gradient's norm above all: call this before saving.
-        """
+        """Write the means since the last line, over all processes; InputError if not finite."""
         speed = (step - self.step) * self.run.config["captions a step"] / (time.time() - self.time)
         line = {"step": step, "samples_per_s": speed}
         for name, row in self.sums.items():
