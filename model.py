@@ -349,7 +349,8 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
     """
     folder, part, made = open_student(name)
     small = {"vae": None, "fast": folder / "decoder"}[decoder]
-    require(not small or small.is_dir(), f"{small}: not there; recipes.decoder makes it")
+    require(not small or small.is_dir(), f"{small}: not there; make it: python -m recipes.decoder "
+            f"--student {name}")
     home = find(teacher or made["teacher"], TO_HEAR, skip=["unet/diffusion*"],
                 advice=f"as the teacher of {name}, pass --teacher")
     about = {"student": str(name), "folder": str(folder / part), "steps": 1}

@@ -305,10 +305,10 @@ def steps_left(run, log, name):
     """A progress bar over the steps that are left. From here on a signal waits for a step's end."""
     if run.first_step >= run.args.max_steps and run.rank == 0:  # perhaps killed between two files
         save_run(run, run.first_step, log)
-    run.caught, ctrl_c = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu"), signal.SIGINT
-    for n in (signal.SIGTERM, ctrl_c):          # SIGTERM may come twice; a second Ctrl-C ends it
+    run.caught = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu")
+    for n in (signal.SIGTERM, signal.SIGINT):   # SIGTERM may come twice; a second Ctrl-C ends it
         signal.signal(n, lambda n, _: (run.caught.fill_(n),
-                                       signal.signal(ctrl_c, signal.SIG_DFL)))
+                                       signal.signal(signal.SIGINT, signal.SIG_DFL)))
     return tqdm(range(run.first_step, run.args.max_steps), initial=run.first_step,
                 total=run.args.max_steps, desc=name, disable=run.rank > 0)
 
