@@ -83,7 +83,7 @@ def test_latents_do_not_depend_on_loudness_and_have_the_scale_of_the_unet(plain)
     image = mel_to_image(log_mel(0.95 * wav / wav.abs().amax(1, keepdim=True), 64))
     with torch.no_grad():
         expected = vae.encode(image).latent_dist.mean * vae.config.scaling_factor
-    torch.testing.assert_close(x0, expected)
+    torch.testing.assert_close(x0, expected, rtol=1e-3, atol=1e-4)
 
     system.decoder.vae = AutoencoderTiny()
     torch.testing.assert_close(encode_audio(system, wav), x0)   # by the teacher's own VAE

@@ -79,7 +79,7 @@ def unet_of(plain):
     """One sample through the UNet."""
     system = bench.System(plain, bench.load_unet(plain), {}, None, "fp32", CPU)
     with torch.no_grad():
-        return system.eps(system.noise([0], 0), torch.tensor([999]), system.null)
+        return system.eps(system.noise([0], 0), torch.tensor([999]), system.encode_text([""]))
 
 
 def test_the_rows_of_the_table(monkeypatch, capsys):
