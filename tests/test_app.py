@@ -61,7 +61,9 @@ def served(plain, tmp_path_factory):
 @pytest.fixture
 def client(served):
     from gradio_client import Client
-    return Client(served.url, verbose=False)
+    client = Client(served.url, verbose=False)
+    yield client
+    client.close()
 
 
 def ask(client, **asked):
@@ -148,8 +150,8 @@ def test_twenty_at_once_get_their_own(served, tmp_path, monkeypatch):
 
 
 def test_the_last_twenty_stay(served, client):
-    first = ask(client, prompt="the first")[2][0]
-    answers = [ask(client, prompt=f"dog {i}") for i in range(20)]
+    first = ask(client, prompt="the first", seconds=0.32)[2][0]
+    answers = [ask(client, prompt=f"dog {i}", seconds=0.32) for i in range(20)]
     commands, addresses = answers[-1][1:]
     assert [c.split("--prompt=")[1].split("'")[0] for c in commands] == [
         f"dog {i}" for i in reversed(range(20))]
