@@ -18,7 +18,7 @@ from data import InputError, Parser, cli, number, require
 from extras.control import invert_recording, make_weighted, parse_weights
 from model import RATE, latent_shape, open_student
 
-CLIP = '<audio controls src="gradio_api/file={0}"></audio><img src="gradio_api/file={0}.png">'
+CLIP = '<audio controls src="gradio_api/file={0}.wav"></audio><img src="gradio_api/file={0}.png">'
 
 
 def main(argv=None):
@@ -63,9 +63,9 @@ def main(argv=None):
         except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
             return html.escape(" ".join(str(e).replace(files.name, "").split())), gr.skip(), results
         out = tempfile.TemporaryDirectory(dir=files.name)   # goes when nothing refers to it
-        paths = [f"{out.name}/{name}" for name in sample.file_names([prompt], n, seed).values()]
+        paths = [f"{out.name}/{file[:-4]}" for file in sample.file_names([prompt], n, seed).values()]
         for path, mel, wav in zip(paths, mels, wavs):
-            soundfile.write(path, wav, RATE, "PCM_16")
+            soundfile.write(f"{path}.wav", wav, RATE, "PCM_16")
             sample.picture(mel).save(f"{path}.png")
         script = "sample.py" if plain == prompt and not edit else "-m extras.control"
         command = html.escape(f"python {script} {shlex.join([*flags, *edit])}")

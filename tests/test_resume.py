@@ -191,7 +191,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(plain, captions, copie
     damaged = (out / "checkpoint.pt").read_bytes()
     with pytest.raises(InputError, match="steps 2 to 3: .* is not finite; the last") as e:
         go(plain, captions, out, "--max_steps", 4, "--log_every", 3)
-    assert "same command" in str(e.value) and "smaller" in str(e.value)
+    assert "smaller rates" in str(e.value)
     assert (out / "checkpoint.pt").read_bytes() == damaged and len(metrics(out)) == 1
 
     # the rates may change, to get past it
