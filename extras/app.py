@@ -63,7 +63,7 @@ def main(argv=None):
         except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
             return html.escape(" ".join(str(e).replace(files.name, "").split())), gr.skip(), results
         out = tempfile.TemporaryDirectory(dir=files.name)   # goes when nothing refers to it
-        paths = [f"{out.name}/{file[:-4]}" for file in sample.file_names([prompt], n, seed).values()]
+        paths = [f"{out.name}/{wav[:-4]}" for wav in sample.file_names([prompt], n, seed).values()]
         for path, mel, wav in zip(paths, mels, wavs):
             soundfile.write(f"{path}.wav", wav, RATE, "PCM_16")
             sample.picture(mel).save(f"{path}.png")
