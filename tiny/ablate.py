@@ -26,7 +26,7 @@ EQ8, T625 = "--lora_weighting alpha2", "--student_t 625"
 # Steps that make a row as dear as 480 steps of VSD, or 200, with the 512 clips of the teacher.
 ENERGY = f"energy {T625} --clips 512 --beta1 0.9 --lr 3e-4 --batch_size 24 --max_steps"
 ARC = f"arc {T625} --clips 512 --lr 1e-4 --d_first 20 --max_steps"
-CONSISTENCY = "consistency --clips 512 --max_steps 480"
+CONSISTENCY = "consistency --clips 512 --ema 0.95 --lr 6e-4 --beta1 0.9 --max_steps"
 
 
 def rows_of(base, changes):
@@ -52,7 +52,7 @@ TABLES = {
                       "--lora_drop 0"),
     "objectives": {"VSD": "--max_steps 480", "VSD at t = 625": f"--max_steps 480 {T625}",
                    "energy": f"{ENERGY} 436", "ARC": f"{ARC} 385",
-                   "consistency": CONSISTENCY},
+                   "consistency": f"{CONSISTENCY} 653"},
     "energy": rows_of(f"{ENERGY} 200", "--patch 2, --patch 8, --patch 32, "
                       "--samples 3 --batch_size 16"),
     "arc": rows_of(f"{ARC} 200", "--contrast 0, --r1 0, --r1 0 --r2 0, "
