@@ -306,7 +306,7 @@ def test_all_kinds_of_lists_are_read(name, recordings, tmp_path):
 @pytest.mark.parametrize("name, text, says", [
     ("bad.jsonl", '{"location": "Yid00.wav"}\n', ["row 1 holds no caption"]),
     ("bad.jsonl", '{"location": "a", "text": "b"}\n{"location": "a", "text": " "}', ["row 2"]),
-    ("bad.jsonl", '{"location": "a"\n', ["line 2 is not JSON"]),
+    ("bad.jsonl", '{"location": "a"\n', ["line 1 is not JSON"]),
     ("bad.txt", "a dog barks\n", ["row 1 holds no caption"]),
     ("bad.csv", "file,caption\nYid00.wav\n", ["row 1 holds no caption"]),
     ("bad.csv", "youtube_id,caption\nnone,a dog\n", ["holds no recording", "none"]),
