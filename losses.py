@@ -51,9 +51,9 @@ def guided(eps, null, scale):
 def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
     """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
 
-    teacher, fake: denoisers, guidance included; neither gets a gradient. w = sigma_t^2.
-    The value, 0.5 mean (w (eps_teacher - eps_fake))^2, says how far apart the two are. It need
-    not fall while the student learns.
+    That is over the number of a sample's elements, as the loss is their mean; w = sigma_t^2.
+    teacher, fake: denoisers, guidance included; neither gets a gradient.
+    The value, 0.5 mean (w (eps_teacher - eps_fake))^2, need not fall while the student learns.
     """
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
@@ -73,7 +73,7 @@ def tv_loss(x0, kind="l1"):
 def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     """Eq. 8, denoising of the student's own clips: mean (alpha_t (eps_fake - eps))^2.
 
-    weighting "v" divides by alpha_t instead, which is the error of v = alpha_t eps - sigma_t x0
+    weighting "v" has 1 / alpha_t in its place: the error of v = alpha_t eps - sigma_t x0
     (arXiv 2202.00512). That is alike in size at every t; alpha_t^2 all but leaves out the high
     t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """

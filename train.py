@@ -202,8 +202,8 @@ def fingerprint(network):
     return digest(torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy().tobytes())
 
 
-# Flags that may differ on resume: of teacher, first student and captions what they are is compared,
-# of a batch its size; rates and precision, to get past a step that was not finite.
+# What may differ on resume. Of teacher, first student and captions the content is compared, of a
+# batch the size; other rates or precision get past a step that was not finite.
 MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compile checkpointing "
                  "captions caption_column max_captions teacher init batch_size grad_accum cache "
                  "lr lora_lr d_lr precision".split())

@@ -66,8 +66,8 @@ def main(argv=None):
             f"to T, {T}, where noise has no clip in it; leave it out, or --init a student of T")
     require(args.ode_steps <= T // 2, f"--ode_steps {args.ode_steps}: at most {T // 2}, as this "
             f"teacher has {T + 1} timesteps")
-    grid = torch.arange(args.ode_steps + 1) * (T + 1) // args.ode_steps - 1     # 19, 39, ..., T
-    grid = grid.clamp(min=0).to(device)                                         # behind a 0
+    grid = torch.arange(args.ode_steps + 1) * (T + 1) // args.ode_steps - 1
+    grid = grid.clamp(min=0).to(device)             # of 50 steps: 0, 19, 39, ..., T
 
     # ---- what learns: the student; the target is its average -----------------------------------
     teacher, weights = run.unet, {"student": list(run.student.parameters())}

@@ -260,7 +260,7 @@ def test_a_student_is_scored_beside_the_shipped_rows_or_those_measured_again(
     assert f"student after 7 steps FD {after['FD']:.1f}, KL {after['KL']:.2f}" in card
     assert "12 held-out captions of the tiny world (first list): real" in card
 
-    monkeypatch.setattr(score, "sample_sheet", lambda *args: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(score, "measure", lambda systems, rows, seed: {
         name: {"FD": 48.749, "KL": 2.333, "IS": None, "FD to teacher": 30.1} for name in systems})
     monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
