@@ -171,7 +171,8 @@ def json_rows(path, text, column):
     require(len(lists) < 2, f"{path}: holds captions in each of {', '.join(lists[:9])}; write the "
                             "one to use to a file of its own")
     by_id = [whole[k] for k in lists or whole]
-    return flat([v for v in by_id if isinstance(v, (list, str))] or by_id)
+    rows = [v for v in by_id if isinstance(v, dict)] if list not in map(type, by_id) else []
+    return flat(rows or [v for v in by_id if isinstance(v, (list, str))])
 
 
 def flat(values):
@@ -235,6 +236,5 @@ def draw_batch(numbers, seed, shape, t_min, t_max, T):
 
 def sampling_noise(numbers, seed, shape):
     """z_T (B, *shape) of clips with these numbers: one seed gives all prompts the same noise."""
-    generators = [np.random.default_rng((seed, 2, k)) for k in numbers]
-    rows = [rng.standard_normal(shape, dtype=np.float32) for rng in generators]
+    rows = [np.random.default_rng((seed, 2, k)).standard_normal(shape, np.float32) for k in numbers]
     return torch.from_numpy(np.stack(rows))

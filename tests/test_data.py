@@ -80,6 +80,8 @@ def test_columns_and_limit(tmp_path):
     ("described.json", '{"description": "a set", "data": [{"caption": "one"}]}', ["one"]),
     ("version.json", '{"version": "1.0", "train": ["one", "two"]}', ["one", "two"]),
     ("mixed.json", '{"Yx1": ["one", "two"], "Yx2": "three"}', ["one", "two", "three"]),
+    ("release.json", '{"version": "1.0", "Yx1": {"caption": "one"}, "Yx2": {"caption": "two"}}',
+     ["one", "two"]),
     ("noted.json", '{"info": {"year": 1}, "sounds": ["one", "two"]}', ["one", "two"]),
     ("split.json", '{"val": [{"file": "a.wav"}], "train": [{"caption": "one"}]}', ["one"]),
 ])
