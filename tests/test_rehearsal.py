@@ -171,7 +171,6 @@ def test_the_real_run_in_small(hub, tmp_path):
     keys = "vsd", "lora", "x0_std", "grad_student", "grad_lora", "samples_per_s"
     assert all(0 < line[k] < 1e4 for line in lines[1:] for k in keys)
     assert lines[0]["vsd"] < 1e-6                       # the LoRA teacher starts as the teacher
-    assert all(len(line[k]) == 4 for line in lines for k in ("vsd_by_t", "lora_by_t"))
 
     # a run without a break, its teacher in a folder, is the same to the bit
     shutil.copytree(hub.root / TEACHER, work / "downloaded")
