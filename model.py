@@ -135,7 +135,7 @@ def load_unet(folder, part="unet", dtype=torch.float32, fits=None):
     """Load the UNet2DConditionModel of a folder, frozen. fits: the teacher that it must fit."""
     unet = load_part(folder, part, pretrained(UNet2DConditionModel))
     dim = unet.config["cross_attention_dim"]
-    theirs = read_json(fits / "unet/config.json")["cross_attention_dim"] if fits else dim
+    theirs = read_json(fits / "unet/config.json").get("cross_attention_dim", dim) if fits else dim
     require(dim == theirs, f"the student does not fit its teacher {fits}: cross_attention_dim "
             f"{dim}, the teacher has {theirs}")
     return unet.to(dtype, memory_format=torch.channels_last)
@@ -296,7 +296,7 @@ def many_steps(eps, z_T, text, scheduler, steps):
         return one_step(eps, z_T, text, *noise_schedule(scheduler, z_T.device))
     scheduler = type(scheduler).from_config(scheduler.config)           # with no history
     scheduler.set_timesteps(steps, device=z_T.device)
-    first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod)
+    first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
     require(first >= 0.9 * T, f"{steps} steps: this teacher's scheduler would start at t = {first},"
             " where x_t is not yet noise; ask for more, or 1")          # "leading": 501 for 2
     x = z_T * scheduler.init_noise_sigma
