@@ -212,7 +212,7 @@ MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compi
 def resume(run, weights, opts, instead="choose another --out_dir"):
     """Go on from this run's checkpoint, if there is one: weights {name: [w]}, opts {name: opt}.
 
-    InputError for another run's, naming the flag, and where the disk has no room for ours.
+    Both stay in run, for save_run(). InputError for another run's, naming the flag, or no room.
     """
     out, path, ours = run.out, run.out / "checkpoint.pt", run.config
     run.weights, run.opts = weights, opts
@@ -353,14 +353,14 @@ class Log:
 
     def write(self, step):
         """Write the means since the last line, over all processes; InputError if not finite."""
-        speed = (step - self.step) * self.run.config["captions a step"] / (time.time() - self.time)
-        line = {"step": step, "samples_per_s": speed}
+        line, samples = {"step": step}, (step - self.step) * self.run.config["captions a step"]
         for name, row in self.sums.items():
             if self.run.ranks > 1:
                 dist.all_reduce(row)
             line[name] = float(row[0] / row[1])
             require(row.isfinite().all(), f"steps {self.step + 1} to {step}: {name} is not "
                     "finite; the last checkpoint is good. Go on with smaller rates or in fp32")
+        line["samples_per_s"] = samples / (time.time() - self.time)     # a GPU is done by now
         self.sums, self.step, self.time = {}, step, time.time()
         self.lines.append(line)
         if self.run.rank == 0:

@@ -42,6 +42,7 @@ MUTANTS = [
     ("the limit is ignored", "data.py", "return captions[:limit], {", "return captions, {", "data"),
     ("strings beside lists are dropped", "data.py", "isinstance(v, (list, str))", "isinstance(v, list)", "data"),
     ("a column's name may come twice", "data.py", "require(len(set(names)) == len(names)", "require(True", "data"),
+    ("a note beside captions by id is one", "data.py", "if list not in map(type, by_id) else []", "if False else []", "data"),
     ("the column is ignored", "data.py", "columns = [column] if column else", "columns = [column] if False else", "data"),
     ("bounds are open above", "data.py", "low <= value <= high", "low <= value", "cli"),
     ("no temporary file", "data.py", 'temporary = Path(f"{path}.tmp")', "temporary = Path(path)", "cli"),

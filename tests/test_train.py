@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import shutil
+import time
 import types
 
 import huggingface_hub
@@ -42,6 +43,23 @@ def test_a_run_and_what_it_leaves(plain, captions, tmp_path, capsys):
     assert about["flags"]["lora_rank"] == 4
     assert not list((tmp_path / "a").rglob("*.tmp"))
     same(go(plain, captions, tmp_path / "b", "--seed", 5), done)        # the seed decides all
+
+
+def test_the_speed_counts_what_a_gpu_has_yet_to_finish(tmp_path):
+    class Late:
+        """A sum and a count that are there 0.2 s after they are asked for."""
+
+        def __getitem__(self, i):
+            time.sleep(0.1)
+            return 1.0
+
+        def isfinite(self):
+            return torch.ones(1)
+
+    log = train.Log(types.SimpleNamespace(
+        lines=[], out=tmp_path, rank=0, ranks=1, first_step=0, config={"captions a step": 4}))
+    log.sums["vsd"] = Late()
+    assert 0 < log.write(1)["samples_per_s"] <= 4 / 0.2
 
 
 def test_the_log_holds_means_and_has_a_line_at_each_save(plain, captions, tmp_path, two_step_run):
