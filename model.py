@@ -260,7 +260,7 @@ def load_vocoder(path):
     """
     config = read_json(path / "config.json")
     if "griffin_lim" in config:
-        brought = runpy.run_path(TINY / "vocoder/griffin_lim.py")
+        brought = runpy.run_path(TINY / "vocoder/griffin_lim.py")  # ours: a model brings no code
         return brought["GriffinLim"](config["num_mels"], config["griffin_lim"])
     stored = torch.load(path / "vocoder.pt", map_location="cpu", weights_only=True)["generator"]
     # transformers has the network under other names, without weight norm

@@ -103,7 +103,7 @@ def write_clips(args, prompts, load, more={}):
     """
     out = Path(args.out)
     paths = {clip: out / name for clip, name in file_names(prompts, args.n, args.seed).items()}
-    for path in paths.values():
+    for path in (path.with_suffix(end) for path in paths.values() for end in (".wav", ".png")):
         require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite or --out")
     rows = {row["file"]: row for row in read_manifest(out)}
     system, clips, started = load(), list(paths), time.time()           # clips: [(prompt, k)]

@@ -1,4 +1,4 @@
-"""A teacher's own clips, made once and kept: what the other recipes learn from."""
+"""A teacher's own clips, made once and kept: what arc, energy and consistency learn from."""
 import json
 import time
 from pathlib import Path

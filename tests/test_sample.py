@@ -102,6 +102,10 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     with pytest.raises(InputError, match="exists; pass --overwrite"):
         go(*listed)
     go(*listed, "--overwrite")
+    (out / "thunder_seed0_0.png").touch()
+    with pytest.raises(InputError, match="thunder_seed0_0.png exists"):
+        go(*flags, "--prompt", "thunder")
+    (out / "thunder_seed0_0.png").unlink()
     go(*flags, "--prompt", "thunder")
     assert (out / "rain_seed0_0.wav").read_bytes() == before
     assert [row["file"] for row in manifest(out)] == names + ["thunder_seed0_0.wav"]
