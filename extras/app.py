@@ -55,8 +55,8 @@ def main(argv=None):
             if name:
                 require(name[-4:].lower() != ".raw", f"{name}: does not say what it is; send a WAV")
                 about = soundfile.info(recording)
-                require(about.duration <= 60 and about.frames * about.channels <= 2 ** 24,
-                        f"{name}: is longer than a minute; cut it")
+                require(about.duration <= 60 and about.frames * about.channels <= 2 ** 24
+                        and about.samplerate <= 4e5, f"{name}: is longer than a minute; cut it")
                 start = invert(seconds, recording, words, system, seed)
                 z_T = math.sqrt(1 - strength ** 2) * start + strength * z_T
             mels, wavs = make_weighted(system, [prompt] * n, z_T)
@@ -77,13 +77,13 @@ def main(argv=None):
     with gr.Blocks(title="SwiftAudio", delete_cache=(3600, 3600)) as page:
         prompt = gr.Textbox(label="a sound", placeholder="a dog barks while (rain:2) falls")
         with gr.Row():
-            fast = (open_student(args.student)[0] / "decoder/config.json").exists()
+            fast = not args.teacher_steps and (open_student(args.student)[0] / "decoder").exists()
             asked = [prompt, seed := gr.Number(args.seed, label="seed", precision=0),
                      gr.Slider(1, args.batch_size, 1, step=1, label="clips"),
                      gr.Number(system_of(args.decoder).seconds, label="seconds"),
                      gr.Radio(["vae", "fast"][:1 + fast], value=args.decoder, label="decoder")]
             make, another = gr.Button("make", elem_id="make"), gr.Button("another")
-        with gr.Accordion("edit a recording", open=False):
+        with gr.Accordion("edit a recording", open=False, visible=not args.teacher_steps):
             asked += [gr.Audio(type="filepath", label="recording, a minute at most", buttons=[]),
                       gr.Textbox(label="what the recording sounds like"),
                       gr.Slider(0, 1, 0.2, label="strength of the edit")]

@@ -187,6 +187,7 @@ def write(path, seconds=1, rate=16000, **kw):
 @pytest.mark.parametrize("name, make, line", [
     ("long.flac", lambda path: write(path, 61, 8000), "long.flac: is longer than a minute"),
     ("wide.wav", lambda path: write(path, 59, 300000, subtype="PCM_U8"), "wide.wav: is longer"),
+    ("high.wav", lambda path: write(path, 0.1, 499979), "high.wav: is longer"),
     ("notes.wav", lambda path: path.write_text("dear diary"), "Error opening"),
     ("a.raw", lambda path: path.write_bytes(bytes(999)), "a.raw: does not say what it is"),
     ("empty.wav", lambda path: write(path, 0), "empty.wav: holds no sound")])
@@ -221,6 +222,18 @@ def test_no_path_can_be_read(served, client):
         said = httpx.get(f"{served.url}/gradio_api/queue/data?session_hash=s", timeout=60).text
         assert '"success":false' in said and "Format not" not in said
         assert httpx.post(f"{served.url}/gradio_api/run/answer", json=body).status_code == 404
+
+
+def test_a_teacher_needs_no_student(monkeypatch):
+    """It has no small decoder, and extras.control edits nothing with it."""
+    gr, found = pytest.importorskip("gradio"), {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **kw: found.update(page=self))
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    app.main(["--teacher", "tiny", "--teacher_steps", "2", "--student", "none", "--device", "cpu"])
+    blocks = found["page"].blocks.values()
+    assert [b.choices for b in blocks if isinstance(b, gr.Radio)] == [[("vae", "vae")]]
+    assert [b.visible for b in blocks if isinstance(b, gr.Accordion)] == [False]
 
 
 def test_it_stays_on_this_machine(served, monkeypatch):
