@@ -142,7 +142,7 @@ def csv_rows(path, text, delimiter):
     others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
     require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
             f"{path.suffix} has {delimiter!r}; convert it")
-    require(len(set(names)) == len(names), f"{path}: two columns have one name in {names}")
+    require(not any(n and names.count(n) > 1 for n in names), f"{path}: one name twice: {names}")
     for n, cells in enumerate(rows, 1):
         require(len(cells) <= len(names), f"{path}: row {n} has {len(cells)} cells, the header "
                 f"{len(names)}; put quotes around text that holds {delimiter!r}")

@@ -120,7 +120,7 @@ def test_rows_of_other_tables(tmp_path):
     ("open.csv", 'id,caption\n1,"two\nlines"\n2,"Go! she\n3,a dog\n', "row 2: a quote is opened"),
     ("next.csv", 'id,caption\n1,"Go! she\n2,"a dog"\n', "row 1: a quote is opened"),
     ("next.tsv", 'id\tcaption\n1\t"Go! she\n2\t"a" dog\n', "row 1: a quote is opened"),
-    ("twice.csv", "caption,caption\nrain,wind\n", "two columns have one name"),
+    ("twice.csv", "caption,caption\nrain,wind\n", "one name twice"),
     ("semi.csv", "youtube_id;caption\nabc;A dog, barking\n", "separated by ';', where a .csv"),
     ("pipe.csv", "youtube_id|caption\nabc|A dog barks\n", "separated by '|', where a .csv"),
     ("tab.csv", "youtube_id\tcaption\nabc\tA dog barks\n", r"separated by '\t', where a .csv"),
