@@ -3,14 +3,13 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, write_checkpoint
+from conftest import ROOT, refused, run, write_checkpoint
 from PIL import Image
 
 import sample
@@ -68,10 +67,8 @@ def test_the_command_line(student, tmp_path, monkeypatch, capsys):
 def test_a_terminal_that_cannot_print_the_prompt(tmp_path):
     """Its letters are replaced there, also in a warning, and kept on disk."""
     flags = ["--student", TINY, "--prompt", "犬が吠える", "--out", "犬", "--seconds", "0.16"]
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *flags], cwd=tmp_path,
-                          env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
-    out = done.stdout.decode("cp1252")
-    assert done.returncode == 0, done.stderr
+    code, out = run("sample.py", *flags, cwd=tmp_path, env={"PYTHONIOENCODING": "cp1252"})
+    assert code == 0, out
     assert "warning: '?????': the teacher has never seen '?????'" in out
     assert os.path.join("?", "?????_seed0_0.wav") in out
     assert [row["prompt"] for row in manifest(tmp_path / "犬")] == ["犬が吠える"]
