@@ -86,7 +86,7 @@ def test_latents_do_not_depend_on_loudness_and_have_the_scale_of_the_unet(plain)
     torch.testing.assert_close(x0, expected, rtol=1e-3, atol=1e-4)
 
     system.decoder.vae = AutoencoderTiny()
-    torch.testing.assert_close(encode_audio(system, wav), x0, rtol=1e-3, atol=1e-4)     # its own VAE
+    torch.testing.assert_close(encode_audio(system, wav), x0, rtol=1e-3, atol=1e-4)     # own VAE
 
 
 def test_a_recording_keeps_its_spectrogram_through_the_latents_of_the_tiny_world():
