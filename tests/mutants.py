@@ -106,7 +106,7 @@ MUTANTS = [
     ("guidance may change on resume", "train.py", '"max_steps save_every', '"guidance max_steps save_every', "resume"),
     ("t_min, beta1 and ema may change on resume", "train.py", '"max_steps save_every', '"t_min beta1 ema max_steps save_every', "resume"),
     ("other captions on resume", "train.py", "digest(\"\\n\".join(run.captions).encode())", "digest(b\"\")", "resume"),
-    ("another teacher on resume", "train.py", "is_of = fingerprint(unet)", "is_of = \"\"", "resume"),
+    ("another teacher on resume", "train.py", "is_of = fingerprint(unet)", "is_of = \"\"", "train"),
     ("no lock", "train.py", "            run.lock.acquire()\n", "            pass\n", "resume"),
     ("no check of the disk", "train.py", "require(free > copies * size", "require(True", "resume"),
     ("SIGTERM ends without saving", "train.py", "due = signalled or keep or", "due = keep or", "resume"),
