@@ -442,6 +442,17 @@ def test_a_file_like_audiocaps_is_read_at_once_and_trained_on(tmp_path):
     assert code == 0 and "50000 captions used" in output, output
 
 
+def test_one_distance_is_to_audio_and_one_to_the_teacher(monkeypatch):
+    rows, mels = score.held_out(64), torch.zeros(64, 64, 256)
+    audio, logits, teacher = score.reference(rows)
+    monkeypatch.setattr(score, "features", lambda classifier, mels: (teacher, logits))
+    row = score.scored(rows, mels)
+    assert row["FD to teacher"] == pytest.approx(0, abs=0.1) and row["FD"] > 5
+    monkeypatch.setattr(score, "features", lambda classifier, mels: (audio, logits))
+    row = score.scored(rows, mels)
+    assert row["FD"] == pytest.approx(0, abs=0.1) and row["FD to teacher"] > 5
+
+
 # ---- ablations ---------------------------------------------------------------------------------
 
 def test_an_ablation_s_students_are_scored_on_several_lists_and_trained_once(
