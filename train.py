@@ -80,7 +80,7 @@ def add_vsd(add):
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
     add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7")
-    add("--lora_rank", type=count, default=64, help="rank r of the LoRA teacher")
+    add("--lora_rank", type=count, default=64, help="rank r; 64 on q and v ran away at rate 2e-3")
     add("--lora_alpha", type=positive, default=128, help="its scale is alpha / r")
     add("--lora_targets", choices=TARGETS, default="qv", help="layers that get an adapter")
     add("--lora_drop", type=number(float, 0, 1), default=0.1, help="empty captions in eq. 8")
