@@ -151,10 +151,10 @@ def csv_rows(path, text, delimiter):
 
 def json_rows(path, text, column):
     """Decode JSON lines, or a list, an object of captions by id, or one with such a list in it."""
-    values, at, text = [], 0, text.strip()
+    values, at, text, decode = [], 0, text.strip(), json.JSONDecoder().raw_decode
     try:
         while at < len(text):
-            value, at = json.JSONDecoder().raw_decode(text, at)
+            value, at = decode(text, at)
             values.append(value)
             at = json.decoder.WHITESPACE.match(text, at).end()
     except json.JSONDecodeError as e:

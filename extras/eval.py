@@ -142,7 +142,7 @@ def read_clips(path, reference):
 
     for n, row in enumerate(data.read_rows(path), 1):
         row = row if isinstance(row, dict) else {}
-        columns = data.caption_columns(tuple(row))
+        columns = data.caption_columns(row)
         cells = [row[name] if isinstance(row[name], list) else [row[name]] for name in columns]
         captions = [str(c).strip() for cell in cells for c in cell if c and str(c).strip()]
         values = [str(v) for k, v in row.items() if v and k not in (*columns, "start_time")]

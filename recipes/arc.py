@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import train
-from data import Parser, caption_at, cli, draw_batch, number, require
+from data import Parser, cli, draw_batch, number, require
 from losses import diffuse, one_step
 from model import denoiser, load_unet
-from recipes.clips import add_clips, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
 
 
 def parse_args(argv=None):
@@ -113,9 +113,7 @@ def main(argv=None):
             z_T = draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)[0].to(device)
             noises, t = (x.to(device) for x in draw_more(
                 numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
-            rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
-            y = clips[rows].to(device).float()          # clip n is of the n-th caption
-            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+            y, text = clips_of(numbers, run, args, clips)
             for net in nets.values():                   # DDP averages gradients once a step
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 

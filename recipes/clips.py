@@ -77,3 +77,10 @@ def teacher_clips(run, args):
             replace_file(path, lambda tmp: save_file({"clips": clips}, tmp,
                                                      {"about": json.dumps(about)}))
     return clips[:args.clips]
+
+
+def clips_of(numbers, run, args, clips):
+    """What samples of a run learn from: the teacher's clips (B, C, h, w), and their text."""
+    rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
+    y = clips[rows].to(run.device).float()              # clip n is of the n-th caption
+    return y, run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])

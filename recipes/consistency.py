@@ -13,10 +13,10 @@ import copy
 import torch
 
 import train
-from data import Parser, caption_at, cli, number, require
+from data import Parser, cli, number, require
 from losses import at, diffuse, guided
 from model import denoiser
-from recipes.clips import add_clips, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
 
 
 def parse_args(argv=None):
@@ -90,9 +90,7 @@ def main(argv=None):
             numbers = range(first, first + args.batch_size)
             noises, i = (x.to(device) for x in draw_more(
                 numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
-            rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
-            y = clips[rows].to(device).float()          # clip n is of the n-th caption
-            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+            y, text = clips_of(numbers, run, args, clips)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
 
             # The student at t must say what its average says one step of the teacher further on.

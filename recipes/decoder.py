@@ -118,7 +118,7 @@ def main(argv=None):
     config = {**vars(args), "captions a step": args.batch_size,
               "student": train.fingerprint(unet), "starting decoder": train.fingerprint(network),
               "captions' text": train.digest("\n".join(captions).encode())}
-    run = SimpleNamespace(args=args, out=out, config=config, captions=captions, home=home, rank=0,
+    run = SimpleNamespace(out=out, config=config, captions=captions, home=home, rank=0,
                           about=about, ranks=1, device=device, first_step=0, lines=[])
     decoder, scale = network.decoder.requires_grad_(True), network.config.scaling_factor
     weights = {"decoder": list(decoder.parameters())}

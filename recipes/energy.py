@@ -11,10 +11,10 @@ import itertools
 import torch
 
 import train
-from data import Parser, caption_at, cli, number, require
+from data import Parser, cli, number, require
 from losses import one_step
 from model import denoiser
-from recipes.clips import add_clips, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
 
 
 def parse_args(argv=None):
@@ -70,9 +70,7 @@ def main(argv=None):
             first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
             numbers = range(first, first + args.batch_size)
             z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
-            rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
-            y = clips[rows].to(device).float()          # clip n is of the n-th caption
-            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+            y, text = clips_of(numbers, run, args, clips)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
 
             # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
