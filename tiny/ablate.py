@@ -3,6 +3,7 @@
     python -m tiny.ablate table4            # the paper's Table IV; table5: number of captions
     python -m tiny.ablate levers --steps 200 --seeds 1      # one flag of the tiny default at a time
     python -m tiny.ablate objectives --list second third    # VSD and the recipes, at equal cost
+    python -m tiny.ablate long --list second third          # the best of them, 3,000 steps
     python -m tiny.ablate energy            # parts of the energy score; arc: of ARC
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
 
@@ -53,6 +54,8 @@ TABLES = {
     "objectives": {"VSD": "--max_steps 480", "VSD at t = 625": f"--max_steps 480 {T625}",
                    "energy": f"{ENERGY} 436", "ARC": f"{ARC} 385",
                    "consistency": f"{CONSISTENCY} 653"},
+    "long": {"VSD": "--max_steps 3000", "VSD at t = 625": f"--max_steps 3000 {T625}",
+             "consistency": f"{CONSISTENCY} 4110 --clips 3072"},
     "energy": rows_of(f"{ENERGY} 200", "--patch 2, --patch 8, --patch 32, "
                       "--samples 3 --batch_size 16"),
     "arc": rows_of(f"{ARC} 200", "--contrast 0, --r1 0, --r1 0 --r2 0, "
