@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 # ---- what all commands share: errors of one line, flags with bounds, files that are whole --------
 
-
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line that says what to do."""
 
@@ -190,7 +189,7 @@ def caption_columns(names):
 def read_captions(path, column=None, limit=None):
     """Read the distinct captions of a file, in its order, and count what was left out.
 
-    column: their column or key. limit: keep the first so many. InputError names file and row.
+    column: their column or key. limit: keep the first `limit`. InputError names file and row.
     """
     rows, found = read_rows(path, column), []
     for n, row in enumerate(rows, 1):

@@ -42,7 +42,7 @@ TWINS = {kind: type(f"LoRA{kind.__name__}", (LoRA, kind), {}) for kind in (nn.Li
 def inject(network, targets="qv", rank=64, alpha=128):
     """Freeze a network, give the layers of TARGETS[targets] adapters, and return their weights.
 
-    In place, and no weight is copied. The defaults are the paper's.
+    In place, and no weight is copied. The defaults are train.py's.
     """
     network.requires_grad_(False)
     found = [module for name, module in network.named_modules()

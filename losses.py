@@ -35,7 +35,7 @@ def diffuse(x0, t, eps, alpha, sigma):
 def guided(eps, null, scale):
     """Classifier-free guidance (arXiv 2207.12598): eps(null) + scale (eps(text) - eps(null)).
 
-    A denoiser of both in one batch of 2 B. null (1, tokens, dim) encodes the empty caption.
+    Evaluates both in one batch of 2 B. null (1, tokens, dim) encodes the empty caption.
     """
     if scale == 1:
         return eps
@@ -51,7 +51,7 @@ def guided(eps, null, scale):
 def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
     """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
 
-    That is over the number of a sample's elements, as the loss is their mean; w = sigma_t^2.
+    Divided by the number of a sample's elements, as the loss is their mean; w = sigma_t^2 (SwiftBrush).
     teacher, fake: denoisers, guidance included; neither gets a gradient.
     The value, 0.5 mean (w (eps_teacher - eps_fake))^2, need not fall while the student learns.
     """
@@ -74,7 +74,7 @@ def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
     """Eq. 8, denoising of the student's own clips: mean (alpha_t (eps_fake - eps))^2.
 
     weighting "v" has 1 / alpha_t in its place: the error of v = alpha_t eps - sigma_t x0
-    (arXiv 2202.00512). That is alike in size at every t; alpha_t^2 all but leaves out the high
+    (arXiv 2202.00512). That is similar in size at every t; alpha_t^2 all but leaves out the high
     t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)

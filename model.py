@@ -363,7 +363,7 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
 
 
 def load_teacher(name, steps, guidance=None, seconds=None, precision="auto", device=None):
-    """Load a teacher, "tiny", a folder or a hub name, to sample in so many steps."""
+    """Load a teacher, "tiny", a folder or a hub name, to sample in `steps` steps."""
     folder = find(name, TO_HEAR)
     if guidance is None:
         guidance = read_settings(folder).get("sample", {}).get("guidance", 7.5)

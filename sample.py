@@ -23,7 +23,7 @@ def add_system(add):
     add("--student", default="out/student",
         help="folder of train.py, or a complete one-step model: folder or hub name")
     add("--teacher", help="hub name, folder or tiny; default: the student's own")
-    add("--teacher_steps", type=number(int, 1, 1000), help="sample the teacher, in so many steps")
+    add("--teacher_steps", type=number(int, 1, 1000), help="sample the teacher, in N steps")
     add("--guidance", type=number(float), help="the teacher's; default: its folder's own, else 7.5")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), default=8, help="clips at a time")

@@ -46,12 +46,12 @@ def add_run(add):
     add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
-    add("--max_captions", type=count, help="use only the first so many")
+    add("--max_captions", type=count, help="use only the first N")
     add("--out_dir", default="out", help="folder for everything that is written")
-    add("--seed", type=number(int), default=0, help="of all that is drawn at random")
+    add("--seed", type=number(int), default=0, help="random seed")
     add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
-    # rates and batch are the paper's (section IV-A), betas and weight decay AdamW's own
+    # steps and batch: section IV-A; rates, guidance: README; betas, weight decay: AdamW's own
     add("--max_steps", type=count, default=20000, help="optimizer steps")
     add("--batch_size", type=count, default=16, help="captions in a forward pass")
     add("--grad_accum", type=count, default=4, help="forward passes in an optimizer step")
@@ -75,7 +75,7 @@ def add_run(add):
 
 
 def add_vsd(add):
-    """Add the method's own flags: the paper's values; t, targets and drop are SwiftBrush's."""
+    """Add the method's own flags; where their values come from: README, "Where this differs"."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
     add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
@@ -89,7 +89,7 @@ def add_vsd(add):
     add("--t_max", type=number(int, 1, 1000), default=981, help="one above the largest")
 
 
-# What a run that starts from a student takes over from the run that made it, unless given.
+# The flags that --init takes over from the run that made the student, unless they are given.
 KEPT = ("captions caption_column guidance lora_guidance lora_weighting tv tv_weight lora_rank "
         "lora_alpha lora_targets lora_drop t_min t_max").split()
 
@@ -111,14 +111,15 @@ def parse_run(p, argv):
     args, init = p.parse_args(argv), []
     if args.init:
         folder, _, about = model.open_student(args.init)
-        kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
+        names = KEPT[2:] if args.captions else KEPT     # another file has its own columns
+        kept = {k: v for k, v in about.get("flags", {}).items() if k in names and k in args}
         kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
         init = words(p, kept, folder)
         args = p.parse_args([*init, *argv])
-    home = model.find(args.teacher, model.SETTINGS)
-    own = dict(read_settings(home).get("train", {}))
-    if p.prog != "train.py":                            # a recipe has not all of its flags
-        own = {k: own[k] for k in own if k in args}
+    settings = read_settings(home := model.find(args.teacher, model.SETTINGS))
+    own = dict(settings.get("train", {}))
+    if p.prog != "train.py":                            # a recipe has some of them, and its own
+        own = {k: own[k] for k in own if k in args} | settings.get(p.prog.split(".")[-1], {})
     if "captions" in own:
         own["captions"] = str(home / own["captions"])
     args = p.parse_args([*words(p, own, home / "swiftaudio.json"), *init, *argv])
@@ -192,7 +193,7 @@ def start(args):
 
 
 def digest(content):
-    """Sixteen hexadecimal digits that tell bytes from others."""
+    """A hash of bytes, 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -314,7 +315,7 @@ def steps_left(run, log, name):
 
 
 def end_step(run, done, log, bar, *shown):
-    """Log and save what is due behind step `done`; return the exit code of a signal that came."""
+    """Log and save what is due after step `done`; return the exit code of a signal that came."""
     args, signalled = run.args, run.caught.clone()      # another may come while they compare
     if run.ranks > 1:
         dist.all_reduce(signalled, dist.ReduceOp.MAX)
@@ -329,7 +330,7 @@ def end_step(run, done, log, bar, *shown):
             save_student(run, run.out / f"student-{done}", done)
     log.time = time.time() if due else log.time         # saving is not training
     if signalled:
-        run.say(f"stopped behind step {done}, which is saved; the same command goes on")
+        run.say(f"stopped after step {done}, which is saved; the same command goes on")
         return 128 + int(signalled)
 
 
@@ -342,7 +343,7 @@ class Log:
     def __init__(self, run):
         self.run, self.lines, self.path = run, run.lines, run.out / "metrics.jsonl"
         self.sums, self.step, self.time = {}, run.first_step, time.time()
-        if run.rank == 0:                               # lines behind the checkpoint are dropped
+        if run.rank == 0:                               # lines after the checkpoint are dropped
             data.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, name, value):

@@ -29,7 +29,7 @@ WHOLE, STEP = "text to waveform", "optimizer step"
 
 
 def clock(f, runs):
-    """Seconds that a call of f takes, the mean of `runs` calls behind two of warm-up."""
+    """Seconds that a call of f takes, the mean of `runs` calls after two of warm-up."""
     return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(runs).mean
 
 

@@ -69,7 +69,7 @@ def test_six_files_train_are_killed_go_on_and_are_heard(house):
         said = process.communicate(timeout=120)[0]
     assert "from step 0" not in said and '"captions a step": 2' in said, said
     step = json.loads((house / "out/metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert said.count(f"stopped behind step {step}, which is saved") == 1, said
+    assert said.count(f"stopped after step {step}, which is saved") == 1, said
     about = json.loads((house / "out/student/swiftaudio.json").read_text())
     assert about["step"] == step and "SIGKILL" not in said      # neither had to be
 

@@ -366,6 +366,17 @@ def test_flags_of_a_student_s_own_run_hold_unless_given(student, captions):
     assert given.guidance == 3
 
 
+def test_a_teacher_brings_defaults_of_a_recipe_s_own(broken):
+    tiny = arc.parse_args(strings("--teacher", "tiny", "--lr", 3))
+    assert (tiny.student_t, tiny.max_steps, tiny.d_first, tiny.guidance, tiny.lr) == (
+        625, 385, 20, 2, 3)
+    assert train.parse_args(strings("--teacher", "tiny")).max_steps == 480
+    (broken / "swiftaudio.json").write_text('{"energy": {"d_first": 2}}')
+    arc.parse_args(strings("--teacher", broken, "--captions", "c.csv"))
+    with pytest.raises(InputError, match="swiftaudio.json: unrecognized arguments: --d_first"):
+        energy.parse_args(strings("--teacher", broken, "--captions", "c.csv"))
+
+
 # ---- resuming, processes, memory ---------------------------------------------------------------
 
 @pytest.mark.parametrize("recipe", FULL)

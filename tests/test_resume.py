@@ -89,7 +89,7 @@ def test_a_signal_ends_it_behind_a_step_that_is_saved(plain, captions, tmp_path)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 143 and "Traceback" not in said, said
     step = read_checkpoint(out)["step"]
-    assert said.count(f"stopped behind step {step}, which is saved; the same command goes on") == 1
+    assert said.count(f"stopped after step {step}, which is saved; the same command goes on") == 1
     more = "--max_steps", step + 1
     same(go(plain, captions, out, *more), go(plain, captions, tmp_path / "straight", *more))
     assert curves(out) == curves(tmp_path / "straight")
@@ -114,7 +114,7 @@ def test_a_signal_ends_all_processes_behind_the_same_step(plain, captions, tmp_p
         said = process.communicate(timeout=60)[0]
     assert process.returncode, said
     step = read_checkpoint(tmp_path)["step"]
-    assert said.count(f"stopped behind step {step}, which is saved") == 1, said
+    assert said.count(f"stopped after step {step}, which is saved") == 1, said
     assert [line["step"] for line in metrics(tmp_path)] == [*range(1, step + 1)]
     about = json.loads((tmp_path / "student/swiftaudio.json").read_text())
     assert about["step"] == step

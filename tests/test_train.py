@@ -416,8 +416,11 @@ def test_a_run_that_starts_from_a_student(plain, captions, tmp_path, broken):
     assert (args.teacher, args.captions) == (str(plain.resolve()), str(captions))
     assert (args.guidance, args.lora_guidance, args.student_t, args.lora_alpha) == (3, None, 625, 8)
     assert (args.lr, args.out_dir) == (1e-5, "out")
+    path = tmp_path / "a/student/swiftaudio.json"
+    path.write_text(path.read_text().replace('"caption_column": null', '"caption_column": "said"'))
+    assert train.parse_args(["--init", student]).caption_column == "said"
     args = train.parse_args(["--init", student, "--guidance", "5", "--captions", str(captions)])
-    assert (args.guidance, args.lora_guidance) == (5, None)
+    assert (args.guidance, args.lora_guidance, args.caption_column) == (5, None, None)
 
     change_teacher(broken)
     with pytest.raises(InputError, match="is not a student of --teacher"):

@@ -76,7 +76,7 @@ def as_rgb(images):
 
 
 def fit(name, params, steps, lr, loss_of_step, after=lambda step: None):
-    """Minimise loss_of_step(step) with AdamW, calling after(step) behind each.
+    """Minimise loss_of_step(step) with AdamW, calling after(step) after each.
 
     The rate has 50 steps of linear warm-up, then falls to zero by half a cosine.
     """

@@ -84,7 +84,7 @@ def features(classifier, mels, batch=64):
 # ---- systems: in fp32 on the CPU, as everything shipped was measured ----------------------------
 
 def load_teacher(steps, guidance=None):
-    """Load the tiny teacher, to sample in so many steps; guidance None: its own."""
+    """Load the tiny teacher, to sample in `steps` steps; guidance None: its own."""
     system = model.load_teacher("tiny", steps, guidance, precision="fp32", device="cpu")
     fold_upsampling(system.decoder.vae.decoder)         # a quarter faster
     return system
@@ -137,7 +137,7 @@ def measure(systems, rows, seed=0):
 def beside_floor(systems, rows, seeds):
     """Score the same captions rendered again, the best there can be, and systems: {name: rows}.
 
-    systems: for each seed {name: System}; so many rows has each name.
+    systems: for each seed {name: System}; each name has as many rows.
     """
     found = {}
     for seed, mine in zip(seeds, systems):
