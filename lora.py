@@ -92,8 +92,10 @@ def lora_disabled(network):
 
 
 def load_lora_state(network, state):
-    """Put back what lora_weights() were; KeyError where some are missing."""
+    """Put back what lora_weights() were; InputError where some are missing or of another shape."""
     for k, w in lora_weights(network).items():
+        require(k in state and state[k].shape == w.shape, "made with another --lora_rank or "
+                "--lora_targets; without this folder the adapters start anew")
         w.detach().copy_(state[k])
 
 

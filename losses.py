@@ -51,8 +51,8 @@ def guided(eps, null, scale):
 def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
     """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
 
-    Divided by the number of a sample's elements, as the loss is their mean; w = sigma_t^2 (SwiftBrush).
-    teacher, fake: denoisers, guidance included; neither gets a gradient.
+    Divided by the number of a sample's elements, as the loss is their mean. w = sigma_t^2 as in
+    SwiftBrush. teacher, fake: denoisers, guidance included; neither gets a gradient.
     The value, 0.5 mean (w (eps_teacher - eps_fake))^2, need not fall while the student learns.
     """
     with torch.no_grad():

@@ -90,8 +90,7 @@ def has_bf16(device):
 def sampling_dtype(device):
     """What to sample in: fp16 on a GPU, bf16 on a CPU with instructions for it, else fp32."""
     half = torch.bfloat16 if has_bf16(device) else torch.float32
-    # bf16's error of the log-mel is 8 times as large (docs/LOG.md, 2026-11-21)
-    return torch.float16 if device.type == "cuda" else half
+    return torch.float16 if device.type == "cuda" else half     # bf16's error is 8 times as large
 
 
 def pick_device(name=None, exact=False):

@@ -105,13 +105,14 @@ def write_clips(args, prompts, load, more={}):
     paths = {clip: out / name for clip, name in file_names(prompts, args.n, args.seed).items()}
     for path in (path.with_suffix(end) for path in paths.values() for end in (".wav", ".png")):
         require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite or --out")
-    rows = {row["file"]: row for row in read_manifest(out)}
+    read_manifest(out)                                  # InputError before the work, not after
     system, clips, started = load(), list(paths), time.time()           # clips: [(prompt, k)]
     for i in tqdm(range(0, len(clips), args.batch_size), "batches"):
         part = clips[i:i + args.batch_size]
         mels, wavs = system.make([prompt for prompt, _ in part],
                                  system.noise([k for _, k in part], args.seed))
         out.mkdir(parents=True, exist_ok=True)
+        rows = {row["file"]: row for row in read_manifest(out)}     # another process may add some
         for (prompt, k), wav, mel in zip(part, wavs, mels):
             path = paths[prompt, k]
             replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16", format="WAV"))

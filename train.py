@@ -48,7 +48,7 @@ def add_run(add):
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--max_captions", type=count, help="use only the first N")
     add("--out_dir", default="out", help="folder for everything that is written")
-    add("--seed", type=number(int), default=0, help="random seed")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--student_t", type=number(int, 1, 999), help="timestep of the one step; default: T, eq. 1")
     add("--guidance", type=positive, default=7.5, help="classifier-free, on the teacher")
     # steps and batch: section IV-A; rates, guidance: README; betas, weight decay: AdamW's own
@@ -325,9 +325,9 @@ def end_step(run, done, log, bar, *shown):
         line = log.write(done)
         bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
     if due and run.rank == 0:
-        save_run(run, done, log)
-        if keep:
+        if keep:                                        # first, or it could be missed for good
             save_student(run, run.out / f"student-{done}", done)
+        save_run(run, done, log)
     log.time = time.time() if due else log.time         # saving is not training
     if signalled:
         run.say(f"stopped after step {done}, which is saved; the same command goes on")
@@ -335,10 +335,7 @@ def end_step(run, done, log, bar, *shown):
 
 
 class Log:
-    """Mean values, a line per interval, in metrics.jsonl and in the checkpoint.
-
-    Sums stay on the device, as reading one each step would stall a GPU.
-    """
+    """Mean values, a line per interval, in metrics.jsonl and in the checkpoint."""
 
     def __init__(self, run):
         self.run, self.lines, self.path = run, run.lines, run.out / "metrics.jsonl"
@@ -350,7 +347,7 @@ class Log:
         """Add a loss (B,) or a number."""
         value = value.detach().reshape(-1)
         row = torch.stack([value.sum(), torch.ones_like(value).sum()])
-        self.sums[name] = self.sums.get(name, 0) + row              # sum, count
+        self.sums[name] = self.sums.get(name, 0) + row  # on the device: reading stalls a GPU
 
     def write(self, step):
         """Write the means since the last line, over all processes; InputError if not finite."""
@@ -382,8 +379,9 @@ def main(argv=None):
     student, unet = run.student, run.unet
     torch.manual_seed(args.seed)
     adapters = inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-    if args.init and (run.home.parent / "lora").is_dir():       # the LoRA teacher goes on too
-        model.load_part(run.home.parent, "lora", lambda path: load_lora_state(
+    home = run.home.resolve()       # lora/ is of the last step, so it is not of a kept student-N
+    if args.init and home.name == "student" and (home.parent / "lora").is_dir():
+        model.load_part(home.parent, "lora", lambda path: load_lora_state(
             unet, load_file(path / "adapter_model.safetensors")))
     weights = {"student": list(student.parameters()), "lora": adapters}
     rates = {"student": args.lr, "lora": args.lora_lr}

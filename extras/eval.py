@@ -218,7 +218,7 @@ def crop(source, target, args):
     rng = np.random.default_rng((args.crop_seed, zlib.crc32(target.name.encode())))
     start = int(rng.integers(len(wav) - length + 1))
     kind = soundfile.info(source).subtype
-    kind = kind if soundfile.check_format("WAV", kind) else "PCM_24"
+    kind = kind if kind in ("PCM_16", "PCM_32", "FLOAT", "DOUBLE") else "PCM_24"    # no loss
     write_wav(target, wav[start:start + length], rate, kind)
 
 

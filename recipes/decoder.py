@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--batch_size", type=count, default=4, help="clips in a step")
     add("--lr", type=number(float), default=4e-3, help="rate, falling to zero at --max_steps")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
-    add("--seed", type=number(int), default=0, help="of all that is drawn at random")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--device", help="cuda, mps or cpu; default: the first there is")
     p.set_defaults(warmup=50, decay=True)
     args = p.parse_args(argv)

@@ -89,7 +89,10 @@ MUTANTS = [
     ("--max_captions", "train.py", "args.caption_column, args.max_captions)", "args.caption_column, None)", "resume"),
     ("--caption_column", "train.py", "args.captions, args.caption_column,", "args.captions, None,", "resume"),
     ("--init's weights", "train.py", "run.student = load_unet(run.home, part, fits=folder)", "run.student = load_unet(folder)", "train"),
-    ("--init's LoRA teacher", "train.py", 'if args.init and (run.home.parent / "lora").is_dir():', "if False:", "train"),
+    ("--init's LoRA teacher", "train.py", 'if args.init and home.name == "student" and', "if False and", "train"),
+    ("--init of a kept student", "train.py", 'home.name == "student" and', "True and", "train"),
+    ("adapters of another rank are repeated", "lora.py", "state[k].shape == w.shape", "True", "train"),
+    ("a kept student after the checkpoint", "train.py", "        if keep:   ", "        save_run(run, done, log)\n        if keep:   ", "resume"),
     ("--init's flags", "train.py", "if k in names and k in args}", "if False}", "train"),
     ("--init's column with other captions", "train.py", "KEPT[2:] if args.captions else KEPT", "KEPT", "train"),
     ("a teacher's own flags of a recipe", "train.py", "settings.get(p.prog.split(\".\")[-1], {})", "{}", "recipes"),
@@ -147,6 +150,7 @@ MUTANTS = [
     ("--seconds", "sample.py", "open_system(args, args.seconds, prompts)", "open_system(args, None, prompts)", "sample"),
     ("--decoder", "sample.py", "decoder=args.decoder, **more", "**more", "decoder"),
     ("--precision", "sample.py", "precision=args.precision,", 'precision="auto",', "sample model"),
+    ("the manifest of another process", "sample.py", "  rows = {row[\"file\"]: row for row in read_manifest(out)}", "  rows = {} if i == 0 else rows", "sample"),
     ("the manifest forgets", "sample.py", 'rows = {row["file"]: row for row in read_manifest(out)}', "rows = {}", "sample"),
     ("the picture upside down", "sample.py", "(LOG_MAX - LOG_MIN), 0, 1)[::-1]", "(LOG_MAX - LOG_MIN), 0, 1)", "sample"),
     # ---- extras/listen.py, publish.py, fast.py, audio.py
@@ -190,6 +194,7 @@ MUTANTS = [
     ("bench --batch_size", "extras/bench.py", "batch, what = args.batch_size or", "batch, what = None or", "bench"),
     # ---- extras/eval.py
     ("eval --which", "extras/eval.py", "found[args.which] for name", "found[0] for name", "eval"),
+    ("a crop in the recording's own encoding", "extras/eval.py", 'kind if kind in ("PCM_16", "PCM_32", "FLOAT", "DOUBLE") else "PCM_24"', "kind", "eval"),
     ("eval --crop_seed", "extras/eval.py", "default_rng((args.crop_seed,", "default_rng((0,", "eval"),
     ("eval --seconds of the crops", "extras/eval.py", "round(args.seconds * rate)", "round(10 * rate)", "eval"),
     ("eval --seconds of the scores", "extras/eval.py", "[hear(path, args.seconds) for", "[hear(path, 10.0) for", "eval"),

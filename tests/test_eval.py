@@ -523,6 +523,18 @@ def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
     assert clotho() == row and path.read_bytes() == first
 
 
+@pytest.mark.parametrize("kind", ["MPEG_LAYER_III", "IMA_ADPCM", "PCM_24", "PCM_16", "FLOAT"])
+def test_a_crop_loses_nothing(kind, tmp_path):
+    ending, = {"MPEG_LAYER_III": [".mp3"]}.get(kind, [".wav"])
+    wav = np.sin(np.arange(48000) / 9) / 3
+    source = tmp_path / f"a{ending}"
+    soundfile.write(source, wav, 16000, kind)
+    evaluate.crop(source, tmp_path / "b.wav", SimpleNamespace(seconds=2.0, crop_seed=0))
+    whole, crop = (soundfile.read(path)[0] for path in (source, tmp_path / "b.wav"))
+    assert len(crop) == 32000
+    assert min(np.abs(whole[i:i + 32000] - crop).max() for i in range(len(whole) - 31999)) < 2e-7
+
+
 def test_crops_have_a_seed_of_their_own(clotho, here):
     """The noise of the clips must not move the recordings that they are scored against."""
     def crops(out, folder="reference"):

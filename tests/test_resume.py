@@ -57,7 +57,7 @@ def test_the_same_teacher_by_another_name_resumes(plain, captions, tmp_path, bro
         go(broken, captions, out)
 
 
-def test_students_are_kept_on_the_way(plain, captions, tmp_path, two_step_run):
+def test_students_are_kept_on_the_way(plain, captions, tmp_path, two_step_run, monkeypatch):
     go(plain, captions, tmp_path, "--max_steps", 1)
     go(plain, captions, tmp_path, "--keep_every", 2, "--max_steps", 3)
     assert [path.name for path in tmp_path.glob("student-*")] == ["student-2"]
@@ -65,6 +65,12 @@ def test_students_are_kept_on_the_way(plain, captions, tmp_path, two_step_run):
                     for out in (tmp_path / "student-2", two_step_run / "student"))
     same(system(["dog"]), half(["dog"]))
     assert json.loads((tmp_path / "student-2/swiftaudio.json").read_text())["step"] == 2
+    def full(run, step, log):
+        raise InputError("the disk is full")
+    monkeypatch.setattr(train, "save_run", full)
+    with pytest.raises(InputError, match="disk"):           # a resumed run would not write it again
+        go(plain, captions, tmp_path / "full", "--keep_every", 1, "--max_steps", 1)
+    assert (tmp_path / "full/student-1").is_dir()
     tiny = train.parse_args(["--teacher", "tiny"])
     assert not 0 < tiny.keep_every <= tiny.max_steps
 

@@ -114,6 +114,19 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     assert len(manifest(out)) == 13
 
 
+def test_two_processes_may_write_to_one_folder(student, tmp_path, monkeypatch):
+    flags = ("--student", student, "--out", tmp_path, "--prompt")
+
+    def open_system(*args):
+        monkeypatch.undo()
+        go(*flags, "wind")                                  # meanwhile, another process
+        return sample.open_system(*args)
+
+    monkeypatch.setattr(sample, "open_system", open_system)
+    go(*flags, "rain")
+    assert [row["prompt"] for row in manifest(tmp_path)] == ["wind", "rain"]
+
+
 def test_the_seed_and_the_number_choose_the_noise(student, tmp_path):
     flags = ["--student", student, "--prompt", "rain", "--precision", "fp32", "--out", tmp_path]
     go(*flags, "--seed", 3, "--n", 2)

@@ -422,6 +422,15 @@ def test_a_run_that_starts_from_a_student(plain, captions, tmp_path, broken):
     args = train.parse_args(["--init", student, "--guidance", "5", "--captions", str(captions)])
     assert (args.guidance, args.lora_guidance, args.caption_column) == (5, None, None)
 
+    # lora/ is of the last step: it is not loaded beside a student kept earlier
+    shutil.copytree(student, tmp_path / "a/student-1")
+    still[1] = str(tmp_path / "a/student-1")
+    fresh = go(plain, captions, tmp_path / "e", *still, *said)["weights"]
+    same(fresh["student"], first["weights"]["student"])
+    assert not any(w.any() for w in fresh["lora"][1::2])                # B is zero
+    with pytest.raises(InputError, match="a/lora: .*another --lora_rank or --lora_targets"):
+        go(plain, captions, tmp_path / "d", "--init", student, "--lora_rank", 2)
+
     change_teacher(broken)
     with pytest.raises(InputError, match="is not a student of --teacher"):
         go(broken, captions, tmp_path / "d", "--init", student)

@@ -13,6 +13,7 @@ default: what is compared is the order, at equal cost.
 """
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def distil(flags, args, seed, name, rows):
     done = read_json(about)["step"] if about.exists() else 0
     if done < module.parse_args(command).max_steps and (code := module.main(command)):
         sys.exit(code)                                  # it was stopped
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # steps_left() let it wait for a step's end
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     student = {"student": score.load_student(out / "student")[2]}
     found = {"key": key, **score.measure(student, rows, seed)["student"]}
     replace_text(path, json.dumps(found, indent=2) + "\n")
