@@ -69,8 +69,8 @@ def report(generated, reference, args, networks, prompts=None, **more):
            "CLAP": sum(cosines) / len(cosines) if cosines else None,
            "weights": weights, "rate": RATE, "seconds": args.seconds, "fad_reads": "all channels",
            "generated": str(generated), "reference": str(reference), "crop_seed": args.crop_seed,
-           "captions": args.captions and Path(args.captions).name, "list": prompts or [*paired],
-           **more}
+           "captions": args.captions and Path(args.captions).name,
+           "list": {name: prompts[name] for name in paired} if prompts else [*paired], **more}
     print(line("") + "\n" + line(str(generated), row))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -195,6 +195,7 @@ MUTANTS = [
     # ---- extras/eval.py
     ("eval --which", "extras/eval.py", "found[args.which] for name", "found[0] for name", "eval"),
     ("a crop in the recording's own encoding", "extras/eval.py", 'kind if kind in ("PCM_16", "PCM_32", "FLOAT", "DOUBLE") else "PCM_24"', "kind", "eval"),
+    ("eval: a clip that is gone is in the list", "extras/eval.py", "{name: prompts[name] for name in paired} if", "prompts if", "eval"),
     ("eval --crop_seed", "extras/eval.py", "default_rng((args.crop_seed,", "default_rng((0,", "eval"),
     ("eval --seconds of the crops", "extras/eval.py", "round(args.seconds * rate)", "round(10 * rate)", "eval"),
     ("eval --seconds of the scores", "extras/eval.py", "[hear(path, args.seconds) for", "[hear(path, 10.0) for", "eval"),

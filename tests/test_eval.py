@@ -428,7 +428,7 @@ def test_each_score_is_of_its_own_rows(recordings, here):
         wav = read_audio(path, seconds)[None]
         return wav[:, :5], 9 * wav[:, 5:9], wav[0, :30].view(10, 3)
 
-    prompts = {name: str(k) for k, name in enumerate(NAMES)}
+    prompts = {name: str(k) for k, name in enumerate([*NAMES, "deleted.wav"])}
     clap = lambda path, texts, seconds: torch.tensor([float(texts[0]) * (path.parent == made)])
     args = SimpleNamespace(seconds=2.0, out=here / "s", captions=None, crop_seed=None)
     evaluate.report(made, real, args, (hear, clap, {}), prompts)
@@ -436,7 +436,7 @@ def test_each_score_is_of_its_own_rows(recordings, here):
     r, m = (torch.stack([read_audio(folder / name)[:30] for name in NAMES])
             for folder in (real, made))
     expected = metrics.scores((r[:, :5], 9 * r[:, 5:9]), (m[:, :5], 9 * m[:, 5:9]))
-    assert row["N"] == 12 and row["CLAP"] == 5.5
+    assert row["N"] == 12 and row["CLAP"] == 5.5 and [*row["list"]] == NAMES
     assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5)
     fad = metrics.frechet(r.view(-1, 3), m.view(-1, 3))
     assert row["FAD"] == pytest.approx(fad, rel=1e-5) and fad > 0
