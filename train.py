@@ -94,8 +94,9 @@ KEPT = ("captions caption_column guidance lora_guidance lora_weighting tv tv_wei
         "lora_alpha lora_targets lora_drop t_min t_max").split()
 
 
-def words(p, values, path):
+def words(p, given, values, path):
     """{flag: value} of a file as words of a command line; InputError where p cannot parse them."""
+    values = values | {"caption_column": None} if given.captions else values    # of other captions
     found = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -111,10 +112,9 @@ def parse_run(p, argv):
     args, init = p.parse_args(argv), []
     if args.init:
         folder, _, about = model.open_student(args.init)
-        names = KEPT[2:] if args.captions else KEPT     # another file has its own columns
-        kept = {k: v for k, v in about.get("flags", {}).items() if k in names and k in args}
+        kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
         kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
-        init = words(p, kept, folder)
+        init = words(p, args, kept, folder)
         args = p.parse_args([*init, *argv])
     settings = read_settings(home := model.find(args.teacher, model.SETTINGS))
     own = dict(settings.get("train", {}))
@@ -122,7 +122,7 @@ def parse_run(p, argv):
         own = {k: own[k] for k in own if k in args} | settings.get(p.prog.split(".")[-1], {})
     if "captions" in own:
         own["captions"] = str(home / own["captions"])
-    args = p.parse_args([*words(p, own, home / "swiftaudio.json"), *init, *argv])
+    args = p.parse_args([*words(p, args, own, home / "swiftaudio.json"), *init, *argv])
     require(args.captions, "--captions FILE is needed")
     args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
     if args.teacher != "tiny" and Path(args.teacher).is_dir():

@@ -314,6 +314,13 @@ def test_impossible_flags(plain, captions, tmp_path, flags, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teachers_own_column_is_not_of_other_captions(broken):
+    own, flags = {"captions": "a.csv", "caption_column": "x"}, ["--teacher", str(broken)]
+    (broken / "swiftaudio.json").write_text(json.dumps({"train": own}))
+    assert train.parse_args(flags).caption_column == "x"
+    assert train.parse_args([*flags, "--captions", "c.csv"]).caption_column is None
+
+
 @pytest.mark.parametrize("own, says", [
     ({"tv": "L1"}, "tv: invalid choice"), ({"lr": -1}, "lr: -1 must be"),
     ({"learning_rate": 1}, "unrecognized arguments: --learning_rate")])
