@@ -1,20 +1,25 @@
 """docs/USE.md: each piece of its code runs, and does what it says."""
+import inspect
 import os
 import re
 import runpy
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import runs
 import soundfile
 import torch
 from conftest import ROOT
+from huggingface_hub.utils import filter_repo_objects
 
+import extras.app
 import train
 from data import InputError
 from model import load_student, load_unet
 
 DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
-API, DIFFUSERS, DDIM, PEFT = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+API, DIFFUSERS, DDIM, PEFT, HUB, SPACE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 FORK, = re.findall(r"```diff\n(.*?)```", DOC, re.DOTALL)
 TRAIN = ["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu",
          "--log_every", "1", "--no-decay"]
@@ -78,6 +83,33 @@ def test_peft_has_the_lora_teacher_and_the_teacher(home, names):
         expected = teacher(names["z_T"], names["T"], names["text"]).sample
     torch.testing.assert_close(names["eps_teacher"], expected, rtol=0, atol=1e-5)
     assert (names["eps_lora"] - expected).abs().max() > 1e-4        # it has learned
+
+
+def test_what_is_uploaded_is_the_student_with_its_card_and_decoder(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "out/student/decoder").mkdir()
+    for name in ("README.md", "decoder/config.json", "decoder/checkpoint.pt"):
+        (home / "out/student" / name).write_text("")
+    calls = {}
+    for name in ("create_repo", "upload_folder"):
+        signature = inspect.signature(getattr(huggingface_hub, name))
+        monkeypatch.setattr(huggingface_hub, name, lambda *a, name=name, signature=signature, **kw:
+                            calls.update({name: signature.bind(*a, **kw).arguments}))
+    exec(HUB, {})
+    asked = calls["upload_folder"]
+    assert calls["create_repo"]["repo_id"] == asked["repo_id"]
+    there = Path(asked["folder_path"])
+    files = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
+    assert sorted(filter_repo_objects(files, ignore_patterns=asked["ignore_patterns"])) == [
+        "README.md", "config.json", "decoder/config.json", "diffusion_pytorch_model.safetensors",
+        "swiftaudio.json"]
+
+
+def test_a_space_starts_the_page_of_that_student_for_other_machines(monkeypatch):
+    asked = []
+    monkeypatch.setattr(extras.app, "main", asked.extend)
+    exec(SPACE, {})
+    assert asked == ["--student", re.search(r'create_repo\("(.*)"\)', HUB)[1], "--host", "0.0.0.0"]
 
 
 def apply(diff, code):
