@@ -40,7 +40,7 @@ def cli(main):
         stream.reconfigure(errors="replace")
     try:
         code = main()
-    except (InputError, OSError) as e:
+    except (InputError, OSError, torch.OutOfMemoryError) as e:
         sys.exit("error: " + " ".join(str(e).split()))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -133,10 +133,11 @@ def csv_rows(path, text, delimiter):
     """Decode a table with a header; InputError where cells or quotes do not add up."""
     rows = []
     try:
-        for cells in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True):
+        for cells in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True,
+                                skipinitialspace=True):
             rows += [cells] if cells else []
     except csv.Error as e:
-        raise InputError(f"{path}: row {len(rows)}: a quote is opened and not closed ({e})")
+        raise InputError(f"{path}: row {len(rows)}: a quote is misplaced or not closed ({e})")
     names, *rows = rows or [[]]
     others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
     require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
@@ -161,7 +162,6 @@ def json_rows(path, text, column):
     whole = values[0] if len(values) == 1 else None
     if not isinstance(whole, dict) or path.suffix.lower() != ".json":
         return whole if isinstance(whole, list) else values
-
     lists = [k for k, rows in whole.items() if isinstance(rows, list) and any(
         isinstance(row, dict) and (column in row or caption_columns(row)) for row in rows)]
     if not lists and (column in whole or caption_columns(whole)):
@@ -195,9 +195,8 @@ def read_captions(path, column=None, limit=None):
     for n, row in enumerate(rows, 1):
         if isinstance(row, dict):
             columns = [column] if column else caption_columns(row)
-            require(columns and columns[0] in row, f"{path}: row {n} has no column "
-                    f"{column or 'caption'!r}; it has {', '.join(map(str, row))}; say which with "
-                    "--caption_column")
+            require(columns and columns[0] in row, f"{path}: row {n} has {list(row)} "
+                    f"but no {column or 'caption'!r}; rename one, or train with --caption_column")
             row = [row[name] for name in columns]
         found += [" ".join(c.split()) if isinstance(c, str) else "" for c in flat(flat([row]))]
     full = [caption for caption in found if caption]

@@ -76,7 +76,7 @@ def open_student(name):
     require("teacher" in about or (folder / "unet").is_dir(), f"{name}: neither a student of "
             "train.py (swiftaudio.json, ...) nor a complete model (unet/, ...)")
     require(about.get("parameterization", "eps") == "eps", f"{name}: predicts no eps; train anew")
-    return (folder, "", about) if "teacher" in about else (folder, "unet", {"teacher": name})
+    return (folder, "", about) if "teacher" in about else (folder, "unet", {})
 
 
 def has_bf16(device):
@@ -296,8 +296,8 @@ def many_steps(eps, z_T, text, scheduler, steps):
     scheduler = type(scheduler).from_config(scheduler.config)           # with no history
     scheduler.set_timesteps(steps, device=z_T.device)
     first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
-    require(first >= 0.9 * T, f"{steps} steps: this teacher's scheduler would start at t = {first},"
-            " where x_t is not yet noise; ask for more, or 1")          # "leading": 501 for 2
+    require(0.9 * T <= first <= T, f"{steps} steps: this scheduler starts at t = {first}, "
+            f"not just below {T}; ask for another number, or 1")        # "leading": 501 for 2
     x = z_T * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         out = eps(scheduler.scale_model_input(x, t), t.expand(len(x)), text)
@@ -350,7 +350,7 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
     small = {"vae": None, "fast": folder / "decoder"}[decoder]
     require(not small or small.is_dir(), f"{small}: not there; make it: python -m recipes.decoder "
             f"--student {name}")
-    home = find(teacher or made["teacher"], TO_HEAR, skip=["unet/diffusion*"],
+    home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"],
                 advice=f"as the teacher of {name}, pass --teacher")
     about = {"student": str(name), "folder": str(folder / part), "steps": 1}
     unet = load_unet(folder, part, fits=home)

@@ -38,7 +38,8 @@ def open_system(args, seconds=None, prompts=()):
     more = dict(seconds=seconds, precision=args.precision, device=args.device)
     if args.teacher_steps:
         require(args.decoder == "vae", "--decoder fast does not go with --teacher_steps")
-        teacher = args.teacher or open_student(args.student)[2]["teacher"]
+        teacher = args.teacher or open_student(args.student)[2].get("teacher")
+        require(teacher, f"--teacher is needed: {args.student} does not say what it was made from")
         system = load_teacher(teacher, args.teacher_steps, args.guidance, **more)
     else:
         require(args.guidance is None, "--guidance goes with --teacher_steps")
@@ -91,8 +92,9 @@ def read_manifest(folder):
     """The rows of a folder's manifest.json, or [] where there is none."""
     path = Path(folder) / "manifest.json"
     rows = read_json(path) if path.exists() else []
-    require(isinstance(rows, list) and all({"file", "prompt", "seed", "k"} <= set(r) for r in rows),
-            f"{path}: is not sample.py's; choose another folder")
+    ours = isinstance(rows, list) and all(
+        isinstance(r, dict) and {"file", "prompt", "seed", "k"} <= set(r) for r in rows)
+    require(ours, f"{path}: is not sample.py's; choose another folder")
     return rows
 
 

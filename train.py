@@ -90,13 +90,13 @@ def add_vsd(add):
 
 
 # The flags that --init takes over from the run that made the student, unless they are given.
-KEPT = ("captions caption_column guidance lora_guidance lora_weighting tv tv_weight lora_rank "
-        "lora_alpha lora_targets lora_drop t_min t_max").split()
+KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
+        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
 
 
 def words(p, given, values, path):
     """{flag: value} of a file as words of a command line; InputError where p cannot parse them."""
-    values = values | {"caption_column": None} if given.captions else values    # of other captions
+    values = values | (dict.fromkeys(["caption_column", "max_captions"]) if given.captions else {})
     found = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -113,7 +113,7 @@ def parse_run(p, argv):
     if args.init:
         folder, _, about = model.open_student(args.init)
         kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
-        kept.update(teacher=about["teacher"], student_t=about.get("timestep"))
+        kept.update(teacher=about.get("teacher"), student_t=about.get("timestep"))
         init = words(p, args, kept, folder)
         args = p.parse_args([*init, *argv])
     settings = read_settings(home := model.find(args.teacher, model.SETTINGS))
@@ -179,7 +179,6 @@ def start(args):
     run.home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
     run.student = load_unet(run.home, part, fits=folder).to(device).requires_grad_(True)
     unet = load_unet(folder).to(device)
-
     is_of = fingerprint(unet)
     same = about.get("flags", {}).get("teacher's weights", is_of) == is_of
     require(same, f"--init {args.init}: is not a student of --teacher {args.teacher}")
@@ -294,7 +293,7 @@ def save_student(run, folder, step):
     kept = [w.detach().contiguous() for w in run.weights["ema"] or run.weights["student"]]
     about = {"teacher": flags["teacher"], "timestep": flags["student_t"] or run.T, "step": step,
              "seconds": read_settings(run.folder).get("seconds", 10.24), "flags": flags,
-             "command": f"python {shlex.join(sys.argv)}"}
+             "command": shlex.join(["python", *sys.orig_argv[1:]])}
     folder.mkdir(exist_ok=True)
     replace_file(folder / "diffusion_pytorch_model.safetensors",
                  lambda path: save_file(dict(zip(names, kept)), path, {"format": "pt"}))

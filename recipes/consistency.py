@@ -3,10 +3,11 @@
     python -m recipes.consistency --init out/student    # go on from a student of train.py
     python -m recipes.consistency --teacher tiny        # from the teacher itself
 
-It still needs only captions: the paper trains on recordings, here the teacher makes clips, once.
+It still needs only captions: the papers train on data, here the teacher makes clips, once.
 The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
---ema is of the target network, and that is the student that is saved. Guidance is inside, as in
-ConsistencyTTA (arXiv 2309.10740), but at one scale: a range of them would need an input for it.
+--ema is of the target network, which is the student that is saved; unlike LCM's it averages over
+fewer steps at first (train.average). Guidance is inside, as in ConsistencyTTA (arXiv 2309.10740),
+but at one scale: a range of them would need an input for it.
 """
 import copy
 

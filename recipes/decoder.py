@@ -101,7 +101,8 @@ def main(argv=None):
     require((out / "checkpoint.pt").exists() or not (out / "config.json").exists(),
             f"{out}: holds a decoder but no checkpoint to resume from; remove {out}")
 
-    home = model.find(about["teacher"], [*model.TO_TRAIN, "vae/*"], skip=["unet/diffusion*"])
+    home = model.find(about.get("teacher", args.student), [*model.TO_TRAIN, "vae/*"],
+                      skip=["unet/diffusion*"])
     unet = model.load_unet(folder, part, fits=home).to(device)
     vae = model.load_part(home, "vae", model.pretrained(AutoencoderKL))
     vae.to(device, memory_format=torch.channels_last)

@@ -152,6 +152,7 @@ def become(script, flags, root, cwd, env, output):
         del sys.modules[name]                           # patched, or of another root
     sys.path[:] = [str(root), *(path for path in sys.path if path != str(ROOT))]
     sys.argv = [script, *flags]
+    sys.orig_argv = ["python", *([script] if script.endswith(".py") else ["-m", script]), *flags]
     os.environ.update(env)
     os.chdir(cwd)
     if script.endswith(".py"):

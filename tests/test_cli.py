@@ -74,6 +74,7 @@ def fail(error):
     (InputError("a.csv: is odd"), "error: a.csv: is odd"),
     (FileNotFoundError(2, "No such file or directory", "a.wav"),
      "error: [Errno 2] No such file or directory: 'a.wav'"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\n"), "error: CUDA out of memory. Tried"),
     (InputError("Error(s) in loading:\n\tMissing key(s): 'w'.\n"),
      "error: Error(s) in loading: Missing key(s): 'w'.")])
 def test_what_the_user_or_the_file_system_did_is_one_line(error, line):

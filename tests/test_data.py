@@ -97,6 +97,11 @@ def test_rows_of_other_tables(tmp_path):
         {"file": "a.wav", "n": 1}]
 
 
+def test_spaces_behind_the_commas_of_a_table(tmp_path):
+    path = write(tmp_path / "a.csv", 'id, caption\n1, "a dog, twice"\n2, rain\n')
+    assert read_captions(path)[0] == ["a dog, twice", "rain"]
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("missing.csv", None, "no such file"),
     ("empty.csv", "", "no caption"),
@@ -104,15 +109,15 @@ def test_rows_of_other_tables(tmp_path):
     ("blank.txt", "\n \n", "no caption"),
     ("empty.json", "", "no caption"),
     ("numbers.json", "[1, 2]", "no caption"),
-    ("wrong.csv", "id,words\n1,rain\n", "row 1 has no column 'caption'"),
-    ("wrong.csv", "id,words\n1,rain\n", "it has id, words; say which with --caption_column"),
+    ("wrong.csv", "id,words\n1,rain\n", "row 1 has ['id', 'words'] but no 'caption'; rename"),
+    ("wrong.csv", "id,words\n1,rain\n", "train with --caption_column"),
     ("odd.parquet", "x", ".parquet"),
     ("bad.json", "[1,\n2,", "line 2 is not JSON"),
     ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
-    ("words.json", '{"data": [{"id": 3, "words": "rain"}]}', "it has id, words; say which"),
-    ("keys.jsonl", '{"a": "b"}\n', "row 1 has no column"),
-    ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has no column"),
+    ("words.json", '{"data": [{"id": 3, "words": "rain"}]}', "rename one"),
+    ("keys.jsonl", '{"a": "b"}\n', "row 1 has ['a'] but no"),
+    ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has ['words'] but no"),
     ("comma.csv", "caption\nrain\n\nA dog barks, then a man speaks\n", "row 2 has 2 cells, the "
      "header 1; put quotes around text that holds ','"),
     ("tab.tsv", "id\tcaption\n1\train\tfar away\n", "row 1 has 3 cells, the header 2"),
@@ -130,7 +135,7 @@ def test_rows_of_other_tables(tmp_path):
     ("strings.json", '{"Train": ["x"], "Test": ["y"], "id": 3}', "in each of Train, Test;"),
     ("columns.json", '{"train": {"caption": ["x"]}, "val": {"caption": ["y"]}}', "of train, val;"),
     ("many.json", json.dumps({f"Y{i}": [{"caption": "x"}] for i in range(99)}), "Y7, Y8; write"),
-    ("by_id.json", '{"Yx1": {"caption": "x"}, "Yx2": {"words": "y"}}', "row 2 has no column"),
+    ("by_id.json", '{"Yx1": {"caption": "x"}, "Yx2": {"words": "y"}}', "row 2 has ['words']"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):
     path = tmp_path / name
@@ -142,7 +147,7 @@ def test_bad_files_are_named(tmp_path, name, content, says):
 
 
 def test_wrong_column_and_not_utf8(tmp_path):
-    with pytest.raises(InputError, match="row 1 has no column 'sound'; it has id, caption"):
+    with pytest.raises(InputError, match="row 1 has .'id', 'caption'.* but no 'sound'"):
         read_captions(write(tmp_path / "a.csv", FORMATS["a.csv"]), "sound")
     with pytest.raises(InputError, match="line 3 is not UTF-8"):
         read_captions(write(tmp_path / "l.csv", "caption\nrain\ncafé\n", "latin-1"))

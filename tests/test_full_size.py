@@ -1,4 +1,4 @@
-"""Auffusion's true size with random weights: a clip, and a step of each program that trains.
+"""Auffusion's true size with random weights: a clip, a step of each program but consistency.
 
     python -m pytest --slow -s tests/test_full_size.py      # 20 minutes, 24 GB of memory and disk
 """

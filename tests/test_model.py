@@ -149,7 +149,7 @@ def test_many_steps_equal_the_pipeline(plain, guidance):
     assert torch.equal(again, mine)                             # PNDM's history is not kept
 
 
-def test_too_few_steps_are_refused_where_they_would_not_start_from_noise(plain):
+def test_steps_are_refused_where_they_would_not_start_from_noise_at_T_or_just_below(plain):
     scheduler = load_scheduler(plain)                           # PNDM, "leading" spacing
     z, seen = torch.randn(1, 4, 8, 8), []
 
@@ -157,9 +157,9 @@ def test_too_few_steps_are_refused_where_they_would_not_start_from_noise(plain):
         seen.append(t.item())
         return x
 
-    for steps, first in ((2, 501), (6, 831), (9, 889)):
+    for steps, first in ((2, 501), (6, 831), (9, 889), (1000, 1000)):   # of 0 to 999
         refuses(model.many_steps, eps, z, None, scheduler, steps,
-                says=f"{steps} steps: .* t = {first}, where")
+                says=f"{steps} steps: .* t = {first}, not")
     assert not seen
     model.many_steps(eps, z, None, scheduler, 10)
     assert seen[0] == 901

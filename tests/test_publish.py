@@ -79,7 +79,8 @@ def test_the_command_in_the_card_of_a_student_can_be_run_again(
     flags = ["--teacher", str(plain), "--captions", str(captions), "--out_dir", str(out),
              "--max_steps", "1", "--batch_size", "2", "--grad_accum", "1", "--lora_rank", "2",
              "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["/home/me/train.py", *flags])
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train.py", *flags])     # or -m
     train.main()
     capsys.readouterr()
     publish.main(["card", str(out / "student")])

@@ -315,10 +315,13 @@ def test_impossible_flags(plain, captions, tmp_path, flags, says):
 
 
 def test_a_teachers_own_column_is_not_of_other_captions(broken):
-    own, flags = {"captions": "a.csv", "caption_column": "x"}, ["--teacher", str(broken)]
+    own = {"captions": "a.csv", "caption_column": "x", "max_captions": 9}
+    flags = ["--teacher", str(broken)]
     (broken / "swiftaudio.json").write_text(json.dumps({"train": own}))
-    assert train.parse_args(flags).caption_column == "x"
-    assert train.parse_args([*flags, "--captions", "c.csv"]).caption_column is None
+    args = train.parse_args(flags)
+    assert (args.caption_column, args.max_captions) == ("x", 9)
+    args = train.parse_args([*flags, "--captions", "c.csv"])
+    assert (args.caption_column, args.max_captions) == (None, None)
 
 
 @pytest.mark.parametrize("own, says", [

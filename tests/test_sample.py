@@ -171,7 +171,7 @@ def test_the_teacher_in_many_steps(student, plain, tmp_path):
 def test_too_few_steps_of_the_teacher_are_refused_before_anything_is_written(plain, tmp_path):
     for steps in (2, 9):
         refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", steps,
-                "--device", "cpu", cwd=tmp_path, says=[f"{steps} steps", "for more"])
+                "--device", "cpu", cwd=tmp_path, says=[f"{steps} steps", "another number"])
     refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", 1001,
             cwd=tmp_path, says=["--teacher_steps: 1001 must be between 1 and 1000"])
     assert not list(tmp_path.iterdir())
@@ -189,6 +189,8 @@ def test_two_steps_of_a_teacher_that_starts_from_noise(tmp_path):
 def test_a_complete_one_step_model(request, layout, tmp_path):
     go("--student", request.getfixturevalue(layout), "--prompt", "rain", "--out", tmp_path)
     assert soundfile.info(tmp_path / "rain_seed0_0.wav").frames == 10240
+    refused("sample.py", "--student", request.getfixturevalue(layout), "--prompt", "rain",
+            "--teacher_steps", 10, cwd=tmp_path, says=["--teacher is needed", "made from"])
 
 
 # ---- prompts and length -------------------------------------------------------------------------
@@ -245,7 +247,8 @@ def test_a_student_of_another_architecture(student, tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("[{", "is not JSON"), ('{"a": 1}', "is not sample.py's"), ('[{"file": 1}]', "choose another")])
+    ("[{", "is not JSON"), ('{"a": 1}', "is not sample.py's"), ('[{"file": 1}]', "choose another"),
+    ("[1]", "choose another")])
 def test_a_damaged_or_foreign_manifest_is_not_overwritten(student, tmp_path, content, says):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=f"manifest.json: .*{says}"):

@@ -417,10 +417,19 @@ def test_a_run_that_starts_from_a_student(plain, captions, tmp_path, broken):
     assert (args.guidance, args.lora_guidance, args.student_t, args.lora_alpha) == (3, None, 625, 8)
     assert (args.lr, args.out_dir) == (1e-5, "out")
     path = tmp_path / "a/student/swiftaudio.json"
-    path.write_text(path.read_text().replace('"caption_column": null', '"caption_column": "said"'))
-    assert train.parse_args(["--init", student]).caption_column == "said"
+    path.write_text(path.read_text().replace('"caption_column": null', '"caption_column": "said"')
+                    .replace('"max_captions": null', '"max_captions": 7'))
+    args = train.parse_args(["--init", student])
+    assert (args.caption_column, args.max_captions) == ("said", 7)
     args = train.parse_args(["--init", student, "--guidance", "5", "--captions", str(captions)])
     assert (args.guidance, args.lora_guidance, args.caption_column) == (5, None, None)
+    assert args.max_captions is None
+
+    # a complete one-step model is not its own teacher
+    flags = ["--init", str(plain), "--captions", str(captions), "--teacher"]
+    assert train.parse_args([*flags, "tiny"]).teacher == "tiny"
+    with pytest.raises(InputError, match=f"{train.AUFFUSION}: no such folder"):
+        train.parse_args(flags[:-1])
 
     # lora/ is of the last step: it is not loaded beside a student kept earlier
     shutil.copytree(student, tmp_path / "a/student-1")

@@ -103,7 +103,7 @@ def load_student(name, decoder="vae"):
     require(not part and (about["teacher"] == "tiny"
                           or weights == fingerprint(model.load_unet(TINY))),
             f"{name}: is no student that train.py made of the tiny teacher (its teacher: "
-            f"{about['teacher']}); score it with extras.eval")
+            f"{about.get('teacher')}); score it with extras.eval")
     system = model.load_student(name, "tiny", decoder=decoder, precision="fp32", device="cpu")
     fold_upsampling(system.decoder.vae.decoder)
     return folder, about, system
