@@ -352,7 +352,7 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
             f"--student {name}")
     home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"],
                 advice=f"as the teacher of {name}, pass --teacher")
-    about = {"student": str(name), "folder": str(folder / part), "steps": 1}
+    about = {"student": str(Path(name)), "folder": str(folder / part), "steps": 1}
     unet = load_unet(folder, part, fits=home)
     system = System(home, unet, {**about, "decoder": str(small)} if small else about,
                     seconds or made.get("seconds"), precision, device, small)

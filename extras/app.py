@@ -56,7 +56,8 @@ def main(argv=None):
                 require(name[-4:].lower() != ".raw", f"{name}: does not say what it is; send a WAV")
                 about = soundfile.info(recording)
                 require(about.duration <= 60 and about.frames * about.channels <= 2 ** 24
-                        and about.samplerate <= 4e5, f"{name}: is longer than a minute; cut it")
+                        and about.samplerate <= 4e5, f"{name}: is longer than a minute, "
+                        "or has too many samples or channels; convert it")
                 start = invert(seconds, recording, words, system, seed)
                 z_T = math.sqrt(1 - strength ** 2) * start + strength * z_T
             mels, wavs = make_weighted(system, [prompt] * n, z_T)

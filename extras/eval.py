@@ -96,7 +96,7 @@ def table(args):
         values = [row[key] for row in rows.values()]
         which = f" ({', '.join(map(str, values))})" if key in ("N", "crop_seed") else ""
         require(all(value == values[0] for value in values),
-                f"these do not compare: {key} differs{which}")
+                f"these do not compare: {key} differs{which}; score all with the same flags")
     print("\n".join([line(""), *(line(path, row) for path, row in rows.items())]))
 
 
@@ -146,6 +146,8 @@ def read_clips(path, reference):
         cells = [row[name] if isinstance(row[name], list) else [row[name]] for name in columns]
         captions = [str(c).strip() for cell in cells for c in cell if c and str(c).strip()]
         values = [str(v) for k, v in row.items() if v and k not in (*columns, "start_time")]
+        # the name of a file counts before numbers, which may be other files' names
+        values = [v for v in values if Path(v).suffix.lower() in SOUNDS] or values
         if "youtube_id" in row:                         # AudioCaps' own csv
             values = [f"{row['youtube_id']}_{row.get('start_time')}", *values]
         require(captions, f"{path}: row {n} holds no caption (text, caption, caption_1 ...)")
@@ -153,8 +155,7 @@ def read_clips(path, reference):
         if stem := next(filter(None, map(match, stems)), None):
             found.setdefault(f"{stem}.wav", []).extend(captions)
         else:
-            files = [value for value in values if Path(value).suffix.lower() in SOUNDS]
-            missing[(files or values or captions)[0]] = row
+            missing[(values or captions)[0]] = row
     names = ", ".join(list(missing)[:3]) + ", ..." * (len(missing) > 3)
     require(found, f"{reference}: holds no recording that {path} names (looked for {names})")
     print(f"{path}: N = {len(found)} of {len(found) + len(missing)} clips; {len(missing)} without "
@@ -181,6 +182,8 @@ def generate(prompts, out, args, system):
              "sha256": metrics.sha256(*files_of(system, args))}
     path = out / "manifest.json"
     manifest = read_json(path) if path.exists() else {"system": about, "clips": {}}
+    require(isinstance(manifest, dict) and {"system", "clips"} <= set(manifest),
+            f"{path}: is not extras.eval's; change --out")
     for key in {**about, **manifest["system"]}:
         require(about.get(key) == manifest["system"].get(key),
                 f"{out}: holds another system's clips ({key} differs); change --out")
@@ -217,8 +220,8 @@ def crop(source, target, args):
     length = min(len(wav), round(args.seconds * rate))
     rng = np.random.default_rng((args.crop_seed, zlib.crc32(target.name.encode())))
     start = int(rng.integers(len(wav) - length + 1))
-    kind = soundfile.info(source).subtype
-    kind = kind if kind in ("PCM_16", "PCM_32", "FLOAT", "DOUBLE") else "PCM_24"    # no loss
+    kind = soundfile.info(source).subtype               # an MP3 may exceed 1, which PCM cuts
+    kind = kind if kind in ("PCM_16", "PCM_24", "PCM_32") else "FLOAT"
     write_wav(target, wav[start:start + length], rate, kind)
 
 

@@ -7,9 +7,8 @@ import base64
 import json
 from pathlib import Path
 
-import soundfile
-
 from data import Parser, cli, replace_text, require
+from extras.audio import read_file
 from sample import read_manifest
 
 
@@ -28,7 +27,8 @@ def page_data(folders, blind):
         for clip in clips:
             wav = Path(folder) / clip["file"]
             row = rows.setdefault((clip["prompt"], clip["seed"], clip["k"]), {})
-            row[column] = {"wav": embed(wav, "audio/wav"), "seconds": soundfile.info(wav).duration,
+            content, (sound, rate) = embed(wav, "audio/wav"), read_file(wav)
+            row[column] = {"wav": content, "seconds": len(sound) / rate,
                            "png": None if blind else embed(wav.with_suffix(".png"), "image/png")}
     return {"blind": blind, "systems": names,
             "rows": [{"prompt": prompt, "seed": seed, "k": k, "clips": clips}

@@ -118,7 +118,7 @@ def load_network(kind, folder, download=False):
             state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state.get("model", state))
     except Exception as e:                              # torch.load fails in many ways
-        raise InputError(f"{path}: not the published file, or damaged; get it anew ({cause(e)})")
+        raise InputError(f"{path}: not the published file, or damaged; remove it ({cause(e)})")
     network.sha256 = sha256(path)
     return network.float().eval()
 
@@ -220,7 +220,7 @@ class Clap:
         try:
             self.model = ClapModel.from_pretrained(name).to(device).eval()
             self.processor = ClapProcessor.from_pretrained(name)
-        except (OSError, ValueError) as e:
+        except Exception as e:                          # each kind of damage its own error
             raise InputError(f"--clap {name}: cannot be loaded ({cause(e)}); "
                              "download it elsewhere and pass its folder")
         weights = b"".join(w.detach().cpu().numpy().tobytes() for w in self.model.parameters())

@@ -28,7 +28,8 @@ def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
     path, about = Path(folder) / "README.md", read_json(Path(folder) / "swiftaudio.json")
     require({"teacher", "step"} <= set(about), f"{folder}: is no student of train.py")
-    card = path.read_text("utf-8") if path.exists() else ""
+    card = path.read_text("utf-8", "replace") if path.exists() else ""
+    require(not card or "made with SwiftAudio" in card, f"{path}: would be replaced; move it away")
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
     small = Path(folder, "decoder/config.json").exists()

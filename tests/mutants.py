@@ -202,7 +202,12 @@ MUTANTS = [
     ("bench --batch_size", "extras/bench.py", "batch, what = args.batch_size or", "batch, what = None or", "bench"),
     # ---- extras/eval.py
     ("eval --which", "extras/eval.py", "found[args.which] for name", "found[0] for name", "eval"),
-    ("a crop in the recording's own encoding", "extras/eval.py", 'kind if kind in ("PCM_16", "PCM_32", "FLOAT", "DOUBLE") else "PCM_24"', "kind", "eval"),
+    ("a crop of 24 bits, cut at 1", "extras/eval.py", 'else "FLOAT"', 'else "PCM_24"', "eval"),
+    ("numbers that name other files", "extras/eval.py", "if Path(v).suffix.lower() in SOUNDS] or values", "] or values", "eval"),
+    ("CLAP hears 16 kHz", "extras/metrics.py", "read_audio(path, seconds, 48000)", "read_audio(path, seconds, 16000)", "metrics"),
+    ("CLAP's other sign", "extras/metrics.py", "return F.cosine_similarity(a, t)", "return -F.cosine_similarity(a, t)", "metrics"),
+    ("CLAP hears all", "extras/metrics.py", "seconds = min(seconds, 10.0) ", "seconds = 10.0 ", "metrics"),
+    ("a README somebody wrote", "extras/publish.py", 'not card or "made with', 'True or "made with', "publish"),
     ("eval: a clip that is gone is in the list", "extras/eval.py", "{name: prompts[name] for name in paired} if", "prompts if", "eval"),
     ("eval --crop_seed", "extras/eval.py", "default_rng((args.crop_seed,", "default_rng((0,", "eval"),
     ("eval --seconds of the crops", "extras/eval.py", "round(args.seconds * rate)", "round(10 * rate)", "eval"),

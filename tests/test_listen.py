@@ -128,6 +128,9 @@ def test_folders_that_cannot_be_shown_are_named(folders, tmp_path):
         with pytest.raises(InputError, match=f"{name}: is missing"):
             write_page(tmp_path / "listen.html", folders)
         (theirs / name).write_bytes(content)
+    (theirs / "0.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="0.wav: "):
+        write_page(tmp_path / "listen.html", folders)
     assert not (tmp_path / "listen.html").exists()
 
 

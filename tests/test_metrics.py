@@ -2,6 +2,7 @@ import hashlib
 import importlib
 import importlib.util
 import math
+import shutil
 import sys
 import types
 import zipfile
@@ -359,6 +360,28 @@ def test_clap_is_a_cosine_and_does_not_depend_on_luck(clap, tmp_path):
     assert a.abs().max() <= 1 and a[0] != a[1]
 
 
-def test_a_clap_model_that_is_not_there_is_named(tmp_path):
+def test_clap_is_of_the_first_seconds_at_48_khz(clap, tmp_path):
+    """transformers' own similarity, of the sound that is asked for."""
+    wav = 0.1 * np.random.default_rng(0).standard_normal(4 * 48000).astype(np.float32)
+    wav[:96000] -= wav[:96000].mean()
+    wav[96000:] = np.sin(np.arange(96000) / 5)
+    soundfile.write(tmp_path / "a.wav", wav, 48000, "FLOAT")
+    texts, processor = ["a dog barks", "rain"], ClapProcessor.from_pretrained(clap)
+    asked = processor(audio=[wav[:96000]], text=texts, sampling_rate=48000, padding=True,
+                      return_tensors="pt")
+    with torch.no_grad():
+        out = ClapModel.from_pretrained(clap).eval()(**asked)
+    expected = (F.normalize(out.text_embeds, dim=1) @ F.normalize(out.audio_embeds, dim=1).T)[:, 0]
+    model = metrics.Clap(clap, "cpu")
+    torch.testing.assert_close(model(tmp_path / "a.wav", texts, 2.0), expected, rtol=0, atol=2e-4)
+    assert (model(tmp_path / "a.wav", texts, 4.0) - expected).abs().max() > 2e-3
+
+
+def test_a_clap_model_that_is_not_there_or_damaged_is_named(clap, tmp_path):
     with pytest.raises(InputError, match=f"--clap {tmp_path}: cannot be loaded"):
         metrics.Clap(tmp_path, "cpu")
+    cut = shutil.copytree(clap, tmp_path / "cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[:5000])
+    with pytest.raises(InputError, match=f"--clap {cut}: cannot be loaded"):
+        metrics.Clap(cut, "cpu")

@@ -8,6 +8,7 @@ import pytest
 from conftest import refused
 
 import train
+from data import InputError
 from extras import publish
 from extras.publish import write_card
 
@@ -93,6 +94,13 @@ def test_the_command_in_the_card_of_a_student_can_be_run_again(
     assert vars(train.parse_args(again)) == vars(train.parse_args(flags))
     about = json.loads((out / "student/swiftaudio.json").read_text("utf-8"))
     assert about["command"] == command
+
+
+def test_a_readme_that_somebody_wrote_is_not_replaced(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"hours of writing, \xff")
+    with pytest.raises(InputError, match="README.md: would be replaced; move it away"):
+        card(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"hours of writing, \xff"
 
 
 def test_what_is_no_student_is_named(tmp_path):
