@@ -1,7 +1,7 @@
 """Distil by latent consistency (LCM, arXiv 2310.04378): one answer along the teacher's path.
 
-    python -m recipes.consistency --init out/student    # go on from a student of train.py
-    python -m recipes.consistency --teacher tiny        # from the teacher itself
+    python -m recipes.consistency --teacher tiny
+    python -m recipes.consistency --init out/student --student_t 999    # on from one of train.py
 
 It still needs only captions: the papers train on data, here the teacher makes clips, once.
 The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
@@ -64,7 +64,7 @@ def main(argv=None):
     device, alpha, sigma, T = run.device, run.alpha, run.sigma, run.T
     run.config["recipe"] = "consistency"
     require(args.student_t in (None, T), f"--student_t {args.student_t}: consistency is learned up "
-            f"to T, {T}, where noise has no clip in it; leave it out, or --init a student of T")
+            f"to T, where noise has no clip in it; pass --student_t {T}")
     require(args.ode_steps <= T // 2, f"--ode_steps {args.ode_steps}: at most {T // 2}, as this "
             f"teacher has {T + 1} timesteps")
     grid = torch.arange(args.ode_steps + 1) * (T + 1) // args.ode_steps - 1

@@ -147,6 +147,7 @@ def become(script, flags, root, cwd, env, output):
     sys.stdout, sys.stderr = open(1, **how), open(2, errors="backslashreplace", **how)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(torch.get_num_threads())      # a new pool, before threads race for it
     tqdm.set_lock(threading.RLock())                    # its own is shared: a kill could leave it
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]                           # patched, or of another root
