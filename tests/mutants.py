@@ -203,6 +203,7 @@ MUTANTS = [
     # ---- extras/eval.py
     ("eval --which", "extras/eval.py", "found[args.which] for name", "found[0] for name", "eval"),
     ("a crop of 24 bits, cut at 1", "extras/eval.py", 'else "FLOAT"', 'else "PCM_24"', "eval"),
+    ("consistency at another cost", "tiny/ablate.py", "--max_steps 3860", "--max_steps 4200", "tiny"),
     ("numbers that name other files", "extras/eval.py", "if Path(v).suffix.lower() in SOUNDS] or values", "] or values", "eval"),
     ("CLAP hears 16 kHz", "extras/metrics.py", "read_audio(path, seconds, 48000)", "read_audio(path, seconds, 16000)", "metrics"),
     ("CLAP's other sign", "extras/metrics.py", "return F.cosine_similarity(a, t)", "return -F.cosine_similarity(a, t)", "metrics"),

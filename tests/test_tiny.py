@@ -510,6 +510,21 @@ def test_the_rows_of_all_tables_have_flags_that_exist():
         assert module is train or args.clips == (3072 if "--clips 3072" in flags else 512)
 
 
+def test_the_families_are_compared_at_about_one_cost():
+    """UNet passes of a caption and step, a backward pass as two, and of the teacher's clips."""
+    passes = {"train": 3 + 2 + 1 + 3, "recipes.energy": 2 * 3, "recipes.consistency": 3 + 2 + 1,
+              "recipes.arc": 3 + 16.5 * 0.28}                   # D is an encoder without a decoder
+    for table in ("objectives", "long"):
+        costs = []
+        for flags in ablate.TABLES[table].values():
+            module, words = ablate.program(flags)
+            args = module.parse_args(["--teacher", "tiny", *words])
+            clips = 0 if module is train else args.clips * args.clip_steps * 2
+            costs.append(args.max_steps * args.batch_size * passes[module.__name__] + clips)
+        assert costs[0] == costs[1] and len(costs) > 2
+        assert all(0.8 < cost / costs[0] < 1.07 for cost in costs), costs
+
+
 def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
         student, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "QUERIES", (2,))
