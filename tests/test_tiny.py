@@ -473,7 +473,7 @@ def test_an_ablation_s_students_are_scored_on_several_lists_and_trained_once(
     with monkeypatch.context() as patch:
         patch.setattr(score, "measure", None)           # nor scored
         assert go("--list", "third")[-1] == third
-    folder = tmp_path / "1 steps/lora_weighting_alpha2_max_captions_100/seed 0"
+    folder = tmp_path / "1 steps/lora_weighting_alpha2_student_t_999_max_captions_100/seed 0"
     about = json.loads((folder / "student/swiftaudio.json").read_text())
     (folder / "student/swiftaudio.json").write_text(json.dumps(about | {"step": 0}))
     with pytest.raises(TypeError, match="NoneType"):    # it was not finished
