@@ -115,14 +115,15 @@ def test_spaces_behind_the_commas_of_a_table(tmp_path):
     ("bad.json", "[1,\n2,", "line 2 is not JSON"),
     ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
-    ("words.json", '{"data": [{"id": 3, "words": "rain"}]}', "rename one"),
+    ("words.json", '{"data": [{"id": 3, "words": "rain"}]}', "row 1 has ['id', 'words'] but no"),
     ("keys.jsonl", '{"a": "b"}\n', "row 1 has ['a'] but no"),
     ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has ['words'] but no"),
     ("comma.csv", "caption\nrain\n\nA dog barks, then a man speaks\n", "row 2 has 2 cells, the "
      "header 1; put quotes around text that holds ','"),
     ("tab.tsv", "id\tcaption\n1\train\tfar away\n", "row 1 has 3 cells, the header 2"),
     ("open.tsv", 'id\tcaption\n1\train\n2\t"Go! she\n3\ta dog\n', "row 2: a quote is misplaced"),
-    ("open.csv", 'id,caption\n1,"two\nlines"\n2,"Go! she\n3,a dog\n', "row 2: a quote is mis"),
+    ("open.csv", 'id,caption\n1,"two\nlines"\n2,"Go! she\n3,a dog\n',
+     "row 2: a quote is misplaced or not closed"),
     ("next.csv", 'id,caption\n1,"Go! she\n2,"a dog"\n', "row 1: a quote is misplaced"),
     ("next.tsv", 'id\tcaption\n1\t"Go! she\n2\t"a" dog\n', "row 1: a quote is misplaced"),
     ("twice.csv", "caption,caption\nrain,wind\n", "one name twice"),
@@ -135,7 +136,8 @@ def test_spaces_behind_the_commas_of_a_table(tmp_path):
     ("strings.json", '{"Train": ["x"], "Test": ["y"], "id": 3}', "in each of Train, Test;"),
     ("columns.json", '{"train": {"caption": ["x"]}, "val": {"caption": ["y"]}}', "of train, val;"),
     ("many.json", json.dumps({f"Y{i}": [{"caption": "x"}] for i in range(99)}), "Y7, Y8; write"),
-    ("by_id.json", '{"Yx1": {"caption": "x"}, "Yx2": {"words": "y"}}', "row 2 has ['words']"),
+    ("by_id.json", '{"Yx1": {"caption": "x"}, "Yx2": {"words": "y"}}',
+     "row 2 has ['words'] but no 'caption'"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, says):
     path = tmp_path / name

@@ -493,7 +493,8 @@ def test_a_row_of_a_recipe_is_trained_on_the_clips_of_all_rows_and_may_be_stoppe
     monkeypatch.setitem(ablate.TABLES, "energy", {"default": row})
     ablate.main(command)
     assert (tmp_path / "clips of seed 0.safetensors").exists()
-    assert "| default | " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| default | " in said and "second list, 1 seeds\n" in said     # its steps are its own
     monkeypatch.setitem(ablate.TABLES, "energy", {"default": f"{row} --seed 0"})
     monkeypatch.setattr(energy, "main", lambda words: 128 + 2)
     with pytest.raises(SystemExit) as stopped:

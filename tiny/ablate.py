@@ -147,8 +147,9 @@ def report(args, table, name):
     for row in args.only or table:
         found[row] = [distil(table[row], args, seed, name, rows) for seed in range(args.seeds)]
         print(line(row, found[row]), flush=True)
+    own_steps = not table or "--max_steps" in " ".join(table.values())
     print(f"\nN = {len(rows)} held-out captions, {name} list, {args.seeds} seeds"
-          + f", {args.steps} steps" * (args.table in ("table4", "table5", "levers")))
+          + f", {args.steps} steps" * (not own_steps))
     print(f"| | {' | '.join(score.DIGITS)} |\n|---" + "|---" * len(score.DIGITS) + "|")
     print("\n".join(line(row, scores) for row, scores in found.items()))
 

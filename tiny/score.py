@@ -92,8 +92,7 @@ def load_teacher(steps, guidance=None):
 
 def teacher_systems():
     """What a student is compared with: {name: System}."""
-    return {TEACHER_ROW: load_teacher(STEPS),
-            "teacher, 1 step": load_teacher(1, guidance=1)}
+    return {TEACHER_ROW: load_teacher(STEPS), "teacher, 1 step": load_teacher(1, guidance=1)}
 
 
 def load_student(name, decoder="vae"):
