@@ -62,10 +62,7 @@ def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
 
 
 def tv_loss(x0, kind="l1"):
-    """Eq. 6, total variation along time: mean |x0[..., w] - x0[..., w - 1]|, or squared ("l2").
-
-    Eq. 7 adds it to eq. 3 with weight lambda, which is --tv_weight in train.py.
-    """
+    """Eq. 6, total variation along time: mean |x0[..., w] - x0[..., w - 1]|, or squared ("l2")."""
     d = x0[..., 1:] - x0[..., :-1]
     return {"l1": d.abs(), "l2": d.square(), "none": 0 * d}[kind].mean((1, 2, 3))
 

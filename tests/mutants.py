@@ -128,6 +128,7 @@ MUTANTS = [
     ("means over the last step only", "train.py", "self.sums.get(name, 0) + row", "row", "train"),
     ("the captions' path stays relative", "train.py", "args.captions = str(Path(args.captions).resolve())", "args.captions = str(args.captions)", "resume"),
     # ---- model.py
+    ("half a character passes", "model.py", "require(not bad, f", "require(True, f", "sample"),
     ("an image upside down", "model.py", ".clamp(0, 1).flip(1)", ".clamp(0, 1)", "model"),
     ("no scaling factor", "model.py", "z = (x0 / self.vae.config.scaling_factor)", "z = (x0 / 1)", "model"),
     ("padding reaches the adapter", "model.py", "self.adapter(hidden * tokens.attention_mask[..., None])", "self.adapter(hidden)", "model"),

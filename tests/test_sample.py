@@ -201,6 +201,16 @@ def test_long_prompts_are_cut_with_a_warning(student, tmp_path, capsys):
     assert "77 fit; cut" in warning
 
 
+def test_what_is_no_utf_8_is_refused(student, tmp_path):
+    """A terminal of another encoding leaves such bytes in a word, a program that cuts an emoji."""
+    prompts = tmp_path / "p.json"
+    prompts.write_text('["rain", "a dog \\ud83d barks"]')
+    for flags, says in ((["--prompt", "caf\udce9"], "caf"), (["--prompts", prompts], "a dog ")):
+        refused("sample.py", "--student", student, *flags, "--device", "cpu", cwd=tmp_path,
+                says=[says, "not UTF-8"])
+    assert not (tmp_path / "samples").exists()
+
+
 def test_length(student, tmp_path):
     for seconds, samples in ((0.16, 2560), (1.28, 20480)):
         out = tmp_path / str(seconds)
