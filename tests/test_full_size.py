@@ -1,4 +1,4 @@
-"""Auffusion's true size with random weights: a clip, a step of each program.
+"""Auffusion's true size with random weights: a clip, a step of each program but consistency.
 
     python -m pytest --slow -s tests/test_full_size.py      # 20 minutes, 24 GB of memory and disk
 """
@@ -40,8 +40,7 @@ def one_step_and_one_clip(teacher, captions, cwd):
                  "cpu", cwd=cwd)
     run_measured("sample.py", "--decoder", "fast", "--prompt", "a dog", "--overwrite", "--device",
                  "cpu", cwd=cwd)
-    for recipe in (["recipes.energy"], ["recipes.arc", "--d_frozen", 1, "--contrast", 0],
-                   ["recipes.consistency"]):
+    for recipe in (["recipes.energy"], ["recipes.arc", "--d_frozen", 1, "--contrast", 0]):
         out = cwd / recipe[0]
         shutil.rmtree(cwd / "out", ignore_errors=True)          # 17 GB
         run_measured(*recipe, "--teacher", teacher, "--captions", captions, "--clips", 1,
