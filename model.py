@@ -202,7 +202,7 @@ class TextEncoder(nn.Module):
         """What is not read of prompts, as {prompt: why}: words past the end, words never seen."""
         tokenizer, found, prompts = self.tokenizer, {}, list(prompts)
         bad = [p for p in prompts if p != p.encode(errors="replace").decode()]
-        require(not bad, f"{bad[:1]}: holds half a character, or bytes that are not UTF-8")
+        require(not bad, f"{bad[:1]}: holds half a character, or bytes not in UTF-8; correct it")
         # CLIP's own vocabulary has every word, in pieces; its unk is its end token
         unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
         for prompt, ids in zip(prompts, prompts and tokenizer(prompts, verbose=False)["input_ids"]):

@@ -207,7 +207,7 @@ def test_what_is_no_utf_8_is_refused(student, tmp_path):
     prompts.write_text('["rain", "a dog \\ud83d barks"]')
     for flags, says in ((["--prompt", "caf\udce9"], "caf"), (["--prompts", prompts], "a dog ")):
         refused("sample.py", "--student", student, *flags, "--device", "cpu", cwd=tmp_path,
-                says=[says, "not UTF-8"])
+                says=[says, "not in UTF-8; correct it"])
     assert not (tmp_path / "samples").exists()
 
 
