@@ -19,7 +19,7 @@ def one_step(eps, z_T, text, alpha, sigma, t=None):
 
     alpha_T is 0.068 for Auffusion, so an error of eps is 14.6 times as large in x0.
     t below T takes the step from x_t = sigma_t z_T instead, a clip of zeros noised to t, as
-    SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.7 times as large.
+    SiD-LSG does at t = 625 (arXiv 2406.01561), where an error is 2.5 times as large.
     """
     T = len(alpha) - 1
     x_t = z_T if t in (None, T) else sigma[t] * z_T

@@ -39,7 +39,7 @@ TABLES = {
         "eq. 8 as in the paper, and below": PAPER,
         "LoRA rank 2": f"{PAPER} --lora_rank 2 --lora_alpha 2",
         "LoRA rank 64": f"{PAPER} --lora_rank 64 --lora_alpha 64",
-        "TV l1, 0.05 (the paper's)": f"{PAPER} --tv l1 --tv_weight 0.05",
+        "TV l1, 0.05": f"{PAPER} --tv l1 --tv_weight 0.05",
         "TV l2, 0.05": f"{PAPER} --tv l2 --tv_weight 0.05",
         "LoRA teacher guided too (the paper's)": f"{PAPER} --lora_guidance 2",
     },
