@@ -112,7 +112,7 @@ def test_it_learns_the_vae_s_picture(tmp_path):
     """Of the tiny world, whose UNet is a student of itself: a complete model in one folder."""
     student = shutil.copytree(TINY, tmp_path / "student")
     distil(student, "--captions", TINY.parent / "heldout.csv", "--clips", 16, "--batch_size", 4,
-           "--max_steps", 60)
+           "--max_steps", 40)
     mels = []
     for which in ("vae", "fast"):
         system = model.load_student(str(student), decoder=which, precision="fp32", device="cpu")
