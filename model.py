@@ -199,7 +199,7 @@ class TextEncoder(nn.Module):
         return text * torch.tensor([p != "" for p in prompts], device=text.device)[:, None, None]
 
     def unread(self, prompts):
-        """What is not read of prompts, as {prompt: why}: words past the end, words never seen."""
+        """What is not read of prompts, {prompt: why}: cut or unseen words. InputError: no UTF-8."""
         tokenizer, found, prompts = self.tokenizer, {}, list(prompts)
         bad = [p for p in prompts if p != p.encode(errors="replace").decode()]
         require(not bad, f"{bad[:1]}: holds half a character, or bytes not in UTF-8; correct it")
