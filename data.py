@@ -9,14 +9,17 @@ import csv
 import functools
 import io
 import json
+import os
 import re
-import shutil
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 # ---- what all commands share: errors of one line, flags with bounds, files that are whole --------
 
@@ -30,14 +33,32 @@ def require(fine, message):
         raise InputError(message)
 
 
+class Display:
+    """A standard stream that drops what cannot be shown: a closed pipe or terminal, a full log."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")   # None: closed before the start
+        self.stream.reconfigure(errors="replace")       # a terminal may lack the prompt's letters
+
+    def write(self, *text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(*text) if text else self.stream.flush()
+
+    flush = write
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def cli(main):
     """Run a command: what is wrong with its input or the files ends it in one line, exit code 1.
 
     torchrun's process group is destroyed here, once main() has freed its networks: a DDP that is
     the last to hold it can deadlock (docs/LOG.md, 2026-11-21). main may return an exit code.
     """
-    for stream in sys.stdout, sys.stderr:               # a terminal may lack the prompt's letters
-        stream.reconfigure(errors="replace")
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is getattr(sys, f"__{name}__"):           # a notebook has its own
+            setattr(sys, name, Display(getattr(sys, name)))
     try:
         code = main()
     except (InputError, OSError, torch.OutOfMemoryError) as e:
@@ -87,19 +108,23 @@ def read_json(path):
 
 
 def replace_file(path, save):
-    """Call save(temporary path), then rename: a killed program leaves the old file or the new."""
-    temporary = Path(f"{path}.tmp")
+    """Call save(temporary path), then rename: a killed program leaves the old file or the new.
+
+    The temporary name is this call's own, as two programs may write one file.
+    """
+    temporary = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         save(temporary)
-        temporary.chmod(0o644)                          # safetensors leaves files private
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError:                                 # a virus scanner, a network drive: again
+            time.sleep(1)
+            temporary.replace(path)
     except Exception as e:                              # each library has its own error
-        reason = " ".join(str(e).split())[:200]
-        with contextlib.suppress(OSError):              # no such folder, or another user's file
-            if shutil.disk_usage(temporary.parent).free < 2**20:
-                reason = "the disk is full"
+        with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path}: not saved ({reason}). What was there before is intact")
+        raise InputError(f"{path}: not saved ({' '.join(str(e).split())[:200]}; is the disk full?)."
+                         " What was there before is intact")
 
 
 def replace_text(path, text):
@@ -107,14 +132,32 @@ def replace_text(path, text):
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def locked(path, wait=True):
+    """Let one process at a time write here; where the file system has no locks, any."""
+    lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{path.parent}: another process writes there; choose another folder")
+    except (OSError, NotImplementedError):              # as of some clusters
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # ---- captions ------------------------------------------------------------------------------------
 
 NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")  # first match wins
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "eval", "evaluation"}
 
 
 def read_rows(path, column=None):
-    """Rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings where text is bare."""
+    """Rows of a .csv, .tsv, .txt, .json or .jsonl file: dicts, or strings where text is bare.
+
+    None stands for a row of a table that is not whole: too few cells, or the header again.
+    """
     path = Path(path)
     kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
     require(path.is_file(), f"{path}: no such file; pass a {known} file")
@@ -124,6 +167,7 @@ def read_rows(path, column=None):
     except UnicodeDecodeError as e:
         line = e.object[:e.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
+    require("\0" not in text, f"{path}: holds NUL bytes; it is no text")
     if kind in (".csv", ".tsv"):
         return csv_rows(path, text, "\t" if kind == ".tsv" else ",")
     return text.rstrip("\n").split("\n") if kind == ".txt" else json_rows(path, text, column)
@@ -131,59 +175,65 @@ def read_rows(path, column=None):
 
 def csv_rows(path, text, delimiter):
     """Decode a table with a header; InputError where cells or quotes do not add up."""
-    rows = []
+    table, rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True,
+                                 skipinitialspace=True), []
     try:
-        for cells in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True,
-                                skipinitialspace=True):
-            rows += [cells] if cells else []
+        rows.extend(table)
     except csv.Error as e:
-        raise InputError(f"{path}: row {len(rows)}: a quote is misplaced or not closed ({e})")
-    names, *rows = rows or [[]]
-    others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
-    require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
-            f"{path.suffix} has {delimiter!r}; convert it")
-    require(not any(n and names.count(n) > 1 for n in names), f"{path}: one name twice: {names}")
-    for n, cells in enumerate(rows, 1):
-        require(len(cells) <= len(names), f"{path}: row {n} has {len(cells)} cells, the header "
-                f"{len(names)}; put quotes around text that holds {delimiter!r}")
-    return [dict(zip(names, cells + [None] * len(names))) for cells in rows]
+        raise InputError(f"{path}: row {len(rows) + 1}: a quote is misplaced or not closed ({e})")
+    names = table.fieldnames or []
+    require(len(set(names)) == len(names), f"{path}: one name twice: {names}")
+    for n, row in enumerate(rows, 1):
+        require(None not in row, f"{path}: row {n} has more cells than the header, {len(names)}; "
+                f"put quotes around text that holds {delimiter!r}")
+    whole = [None not in (cells := [*row.values()]) and cells != names for row in rows]
+    return [row if fine else None for row, fine in zip(rows, whole)]
 
 
 def json_rows(path, text, column):
-    """Decode JSON lines, or a list, an object of captions by id, or one with such a list in it."""
-    values, at, text, decode = [], 0, text.strip(), json.JSONDecoder().raw_decode
+    """Decode JSON lines, a list, or an object: a row, or with one list of rows in it."""
+    values, at, decode, space = [], 0, json.JSONDecoder().raw_decode, re.compile(r"\s*")
     try:
-        while at < len(text):
+        while (at := space.match(text, at).end()) < len(text):
             value, at = decode(text, at)
             values.append(value)
-            at = json.decoder.WHITESPACE.match(text, at).end()
     except json.JSONDecodeError as e:
         raise InputError(f"{path}: line {e.lineno} is not JSON ({e.msg})")
     whole = values[0] if len(values) == 1 else None
-    if not isinstance(whole, dict) or path.suffix.lower() != ".json":
-        return whole if isinstance(whole, list) else values
-    lists = [k for k, rows in whole.items() if isinstance(rows, list) and any(
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict) or path.suffix.lower() == ".jsonl":
+        return values
+    lists = [name for name, rows in whole.items() if isinstance(rows, list) and any(
         isinstance(row, dict) and (column in row or caption_columns(row)) for row in rows)]
-    if not lists and (column in whole or caption_columns(whole)):
-        return values                                   # one row
-    lists = lists or [k for k in whole if k.lower() in SPLITS]
     require(len(lists) < 2, f"{path}: holds captions in each of {', '.join(lists[:9])}; write the "
-                            "one to use to a file of its own")
-    by_id = [whole[k] for k in lists or whole]
-    rows = [v for v in by_id if isinstance(v, dict)] if list not in map(type, by_id) else []
-    return flat(rows or [v for v in by_id if isinstance(v, (list, str))])
+            "one to use to a file of its own")
+    return whole[lists[0]] if lists else values
 
 
-def flat(values):
-    """The values, with the members of a list in its place."""
-    return [x for v in values for x in (v if isinstance(v, list) else [v])]
-
-
-def caption_columns(names):
+def caption_columns(row):
     """Which of a row's keys hold captions: one of NAMES, or all of caption_1, caption_2, ..."""
-    known = {str(name).lower(): name for name in names}
+    known = {str(name).strip().lower(): name for name in row}
     numbered = [name for key, name in known.items() if re.fullmatch(r"captions?_?\d+", key)]
     return numbered or [known[key] for key in NAMES if key in known][:1]
+
+
+def row_captions(row, where, column=None):
+    """The captions of a row of read_rows(), "" where a cell holds none; where: for InputError."""
+    if isinstance(row, dict):
+        columns = [column] if column else caption_columns(row)
+        require(columns and columns[0] in row, f"{where} has {list(row)[:20]} but no "
+                f"{column or 'caption'!r}; rename one, or train with --caption_column")
+        cells = [c for name in columns for c in (
+            row[name] if isinstance(row[name], list) else [row[name]])]
+    else:
+        cells = [row]
+        require(isinstance(row, str), f"{where} is no caption, but {json.dumps(row)[:60]}")
+    found = [" ".join(c.split()) if isinstance(c, str) else "" for c in cells]
+    for caption in found:
+        require(not re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", caption), f"{where} holds a list as "
+                f"text, {caption[:60]}; write each caption to a row or a column of its own")
+    return found
 
 
 def read_captions(path, column=None, limit=None):
@@ -191,19 +241,14 @@ def read_captions(path, column=None, limit=None):
 
     column: their column or key. limit: keep the first `limit`. InputError names file and row.
     """
-    rows, found = read_rows(path, column), []
-    for n, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            columns = [column] if column else caption_columns(row)
-            require(columns and columns[0] in row, f"{path}: row {n} has {list(row)} "
-                    f"but no {column or 'caption'!r}; rename one, or train with --caption_column")
-            row = [row[name] for name in columns]
-        found += [" ".join(c.split()) if isinstance(c, str) else "" for c in flat(flat([row]))]
-    full = [caption for caption in found if caption]
-    captions = list(dict.fromkeys(full))
+    rows = read_rows(path, column)
+    found = [caption for n, row in enumerate(rows, 1) if row is not None
+             for caption in row_captions(row, f"{path}: row {n}", column)]
+    captions = list(dict.fromkeys(filter(None, found)))
     require(captions, f"{path}: holds no caption ({len(rows)} rows read)")
-    return captions[:limit], {"rows": len(rows), "empty": len(found) - len(full),
-                              "duplicates": len(full) - len(captions)}
+    empty = found.count("")
+    return captions[:limit], {"rows": len(rows), "not whole": rows.count(None), "empty": empty,
+                              "duplicates": len(found) - empty - len(captions)}
 
 
 # ---- randomness ----------------------------------------------------------------------------------

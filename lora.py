@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from data import replace_file, replace_text, require
@@ -114,5 +114,5 @@ def save_lora(network, folder, rank, alpha):
     # diffusers looks for alpha in the file's own metadata and would take alpha = rank without it
     about = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})
     state = {k: w.detach().contiguous() for k, w in lora_weights(network).items()}
-    replace_file(folder / "adapter_model.safetensors", lambda path: save_file(
-        state, path, {"format": "pt", "lora_adapter_metadata": about}))
+    replace_file(folder / "adapter_model.safetensors", lambda path: path.write_bytes(save(
+        state, {"format": "pt", "lora_adapter_metadata": about})))

@@ -48,32 +48,33 @@ def guided(eps, null, scale):
     return guided_eps
 
 
-def vsd_loss(x0, t, eps, text, teacher, fake, alpha, sigma):
-    """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_fake).
+def vsd_loss(x0, t, eps, text, teacher, lora_teacher, alpha, sigma):
+    """Eq. 3, variational score distillation: its gradient to x0 is w (eps_teacher - eps_lora).
 
     Divided by the number of a sample's elements, as the loss is their mean. w = sigma_t^2 as in
-    SwiftBrush. teacher, fake: denoisers, guidance included; neither gets a gradient.
-    The value, 0.5 mean (w (eps_teacher - eps_fake))^2, need not fall while the student learns.
+    SwiftBrush. teacher, lora_teacher: denoisers, guidance included; neither gets a gradient.
+    The value, 0.5 mean (w (eps_teacher - eps_lora))^2, need not fall while the student learns.
     """
     with torch.no_grad():
         x_t = diffuse(x0, t, eps, alpha, sigma)
-        target = x0 - at(sigma, t) ** 2 * (teacher(x_t, t, text) - fake(x_t, t, text))
+        towards = teacher(x_t, t, text) - lora_teacher(x_t, t, text)
+        target = x0 - at(sigma, t) ** 2 * towards
     return 0.5 * (x0 - target).square().mean((1, 2, 3))
 
 
 def tv_loss(x0, kind="l1"):
     """Eq. 6, total variation along time: mean |x0[..., w] - x0[..., w - 1]|, or squared ("l2")."""
     d = x0[..., 1:] - x0[..., :-1]
-    return {"l1": d.abs(), "l2": d.square(), "none": 0 * d}[kind].mean((1, 2, 3))
+    return (d.abs() if kind == "l1" else d.square()).mean((1, 2, 3))
 
 
-def lora_loss(x0, t, eps, text, fake, alpha, sigma, weighting="alpha2"):
-    """Eq. 8, denoising of the student's own clips: mean (alpha_t (eps_fake - eps))^2.
+def lora_loss(x0, t, eps, text, lora_teacher, alpha, sigma, weighting="alpha2"):
+    """Eq. 8, denoising of the student's own clips: mean (alpha_t (eps_lora - eps))^2.
 
     weighting "v" has 1 / alpha_t in its place: the error of v = alpha_t eps - sigma_t x0
     (arXiv 2202.00512). That is similar in size at every t; alpha_t^2 all but leaves out the high
     t, where the student's gradient decides what happens when (ours: docs/RESULTS.md).
     """
     x_t = diffuse(x0.detach(), t, eps, alpha, sigma)
-    w = {"alpha2": at(alpha, t), "v": 1 / at(alpha, t)}[weighting]
-    return (w * (fake(x_t, t, text) - eps)).square().mean((1, 2, 3))
+    w = at(alpha, t) if weighting == "alpha2" else 1 / at(alpha, t)
+    return (w * (lora_teacher(x_t, t, text) - eps)).square().mean((1, 2, 3))

@@ -64,19 +64,30 @@ def cause(error):
 def read_settings(folder):
     """Read a folder's own swiftaudio.json, {"seconds": ..., "train": {flag: value}, ...}, or {}."""
     path = Path(folder) / "swiftaudio.json"
-    return read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    require(isinstance(found, dict), f"{path}: must be an object, {{...}}")
+    return found
 
 
 def open_student(name):
-    """Find a student's UNet: (folder, subfolder, its swiftaudio.json or the like)."""
+    """Find a student's UNet: (folder, subfolder, its swiftaudio.json or {}).
+
+    That names files and folders as ./NAME; where they are, paths.json says, beside the student.
+    """
     require(name != "out/student" or Path(name).exists(), "out/student: no student there yet; "
             "train one (python train.py --teacher tiny) or pass --student")
     folder = find(name, STUDENT)
-    about = read_settings(folder)
+    about, beside = read_settings(folder), folder.resolve().parent / "paths.json"
     require("teacher" in about or (folder / "unet").is_dir(), f"{name}: neither a student of "
             "train.py (swiftaudio.json, ...) nor a complete model (unet/, ...)")
-    require(about.get("parameterization", "eps") == "eps", f"{name}: predicts no eps; train anew")
-    return (folder, "", about) if "teacher" in about else (folder, "unet", {})
+    if "teacher" not in about:
+        return folder, "unet", {}
+    paths = read_json(beside) if beside.exists() else {}
+    about["teacher"] = paths.get(about["teacher"], about["teacher"])
+    captions = about.get("flags", {}).get("captions")
+    if captions in paths:
+        about["flags"]["captions"] = paths[captions]
+    return folder, "", about
 
 
 def has_bf16(device):
@@ -118,7 +129,18 @@ def load_part(folder, part, load):
     try:
         return load(path)
     except Exception as e:                              # each library fails in its own way
-        raise InputError(f"{path}: cannot be loaded ({cause(e)})")
+        raise InputError(f"{path}: cannot be loaded ({hidden(path) or cause(e)})")
+
+
+def hidden(path):
+    """What a library's message does not say of a folder that it could not load, or None."""
+    for file in filter(Path.is_file, sorted(path.rglob("*"))):
+        if not os.access(file, os.R_OK):
+            return f"{file.name}: permission denied"
+        if file.open("rb").read(12) == b"version http":
+            return f"{file.name} is Git LFS's pointer to the file; git lfs pull brings it"
+        if ".fp16." in file.name and not Path(str(file).replace(".fp16", "")).exists():
+            return f"its weights are in fp16 only, {file.name}; rename it without .fp16"
 
 
 def pretrained(cls, **kw):
@@ -130,14 +152,34 @@ def pretrained(cls, **kw):
     return load
 
 
-def load_unet(folder, part="unet", dtype=torch.float32, fits=None):
-    """Load the UNet2DConditionModel of a folder, frozen. fits: the teacher that it must fit."""
+def load_unet(folder, part="unet", dtype=torch.float32):
+    """Load the UNet2DConditionModel of a folder, frozen."""
     unet = load_part(folder, part, pretrained(UNet2DConditionModel))
-    dim = unet.config["cross_attention_dim"]
-    theirs = read_json(fits / "unet/config.json").get("cross_attention_dim", dim) if fits else dim
-    require(dim == theirs, f"the student does not fit its teacher {fits}: cross_attention_dim "
-            f"{dim}, the teacher has {theirs}")
     return unet.to(dtype, memory_format=torch.channels_last)
+
+
+# Settings of UNet and VAE that ask for what this method does not do.
+UNKNOWN = ("class_embed_type num_class_embeds time_cond_proj_dim addition_embed_type "
+           "encoder_hid_dim encoder_hid_dim_type shift_factor latents_mean latents_std").split()
+
+
+def check_fit(folder, unet, encode_text):
+    """InputError unless a teacher's parts and `unet`, its own or a student's, fit each other."""
+    vae, vocoder = (read_json(Path(folder) / part / "config.json") for part in ("vae", "vocoder"))
+    channels, tokenizer = vae.get("latent_channels", 4), encode_text.tokenizer
+    tokens, most = len(tokenizer), encode_text.clip.config.vocab_size
+    facts = [(key, unet.config.get(key) or vae.get(key), None) for key in UNKNOWN]
+    facts += [("in_channels of the UNet", unet.config["in_channels"], channels),
+              ("out_channels of the UNet", unet.config["out_channels"], channels),
+              ("cross_attention_dim", unet.config["cross_attention_dim"], encode_text.dim),
+              ("pad_token", tokenizer.pad_token, tokenizer.pad_token or "one that is set"),
+              ("number of the tokenizer's tokens", tokens, min(tokens, most)),
+              ("vocoder's hop_size", vocoder.get("hop_size", HOP), HOP),
+              ("vocoder's hop", math.prod(vocoder.get("upsample_rates", [HOP])), HOP),
+              ("vocoder's sampling_rate", vocoder.get("sampling_rate", RATE), RATE)]
+    for name, found, fits in facts:
+        require(found == fits, f"{folder}: a UNet or another part does not fit the others: {name} "
+                f"is {found}; what fits, or is known here, is {fits!r}")
 
 
 def load_scheduler(folder):
@@ -184,10 +226,14 @@ class TextEncoder(nn.Module):
         # transformers would otherwise round the weights to the dtype that config.json names
         self.clip = load_part(folder, encoder, pretrained(CLIPTextModel, dtype=torch.float32))
         self.tokens = self.clip.config.max_position_embeddings          # 77
+        self.dim = self.adapter.proj.out_features if self.adapter else self.clip.config.hidden_size
 
-    def tokenize(self, prompts, **kw):
-        return self.tokenizer(list(prompts), padding="max_length", max_length=self.tokens,
-                              truncation=True, **kw)
+    def tokenize(self, prompts, cut=True, **kw):
+        """Tokens of prompts, each of self.tokens or, with cut=False, as many as it has."""
+        bad = [p for p in prompts if p != p.encode(errors="replace").decode()]
+        require(not bad, f"{bad[:1]}: holds half a character, or bytes not in UTF-8; correct it")
+        fit = dict(padding="max_length", max_length=self.tokens, truncation=True) if cut else {}
+        return self.tokenizer(list(prompts), **fit, **kw)
 
     def forward(self, prompts):
         tokens = self.tokenize(prompts, return_tensors="pt").to(self.clip.device)
@@ -201,17 +247,16 @@ class TextEncoder(nn.Module):
     def unread(self, prompts):
         """What is not read of prompts, {prompt: why}: cut or unseen words. InputError: no UTF-8."""
         tokenizer, found, prompts = self.tokenizer, {}, list(prompts)
-        bad = [p for p in prompts if p != p.encode(errors="replace").decode()]
-        require(not bad, f"{bad[:1]}: holds half a character, or bytes not in UTF-8; correct it")
         # CLIP's own vocabulary has every word, in pieces; its unk is its end token
         unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-        for prompt, ids in zip(prompts, prompts and tokenizer(prompts, verbose=False)["input_ids"]):
+        tokens = prompts and self.tokenize(prompts, cut=False, verbose=False)["input_ids"]
+        for prompt, ids in zip(prompts, tokens):
             if len(ids) > self.tokens:
-                cut = tokenizer.decode(ids[self.tokens - 1:-1])
+                cut = tokenizer.decode(ids[self.tokens - 1:-1])[:80]
                 found[prompt] = f"{len(ids)} tokens, {self.tokens} fit; cut: {cut!r}"
             elif unknown & set(ids):
                 words = [repr(w) for w in prompt.split() if unknown & set(tokenizer.encode(w))]
-                found[prompt] = f"{prompt!r}: the teacher has never seen {', '.join(words)}"
+                found[prompt] = f"{prompt!r}: the teacher has never seen {', '.join(words)}"[:300]
         return found
 
 
@@ -296,34 +341,52 @@ def many_steps(eps, z_T, text, scheduler, steps):
     if steps == 1:
         return one_step(eps, z_T, text, *noise_schedule(scheduler, z_T.device))
     scheduler = type(scheduler).from_config(scheduler.config)           # with no history
-    scheduler.set_timesteps(steps, device=z_T.device)
+
+    def call(method, *args, **kw):
+        try:
+            return method(*args, **kw)
+        except Exception as e:                          # of LCM above 50 steps, PNDM below 4
+            raise InputError(f"{steps} steps: not with this scheduler; try others ({cause(e)})")
+
+    call(scheduler.set_timesteps, steps, device=z_T.device)
     first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
     require(0.9 * T <= first <= T, f"{steps} steps: this scheduler starts at t = {first}, "
             f"not just below {T}; ask for another number, or 1")        # "leading": 501 for 2
     x = z_T * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         out = eps(scheduler.scale_model_input(x, t), t.expand(len(x)), text)
-        x = scheduler.step(out, t, x).prev_sample
+        x = call(scheduler.step, out, t, x).prev_sample
     return x
 
 
 class System:
     """A text-to-audio model from prompts to sound, made by load_student() or load_teacher().
 
-    Has latents(z_T, text), one step or many, differentiable in z_T; encode_text, decoder, unet,
-    shape (C, h, w) of the latents, seconds, and about, a dict that says which system it is.
+    Has encode_text, decoder, unet, shape (C, h, w) of the latents, seconds, and about, a dict that
+    says which system it is. steps: of the guided teacher; None: one step from t (T, if t is None).
     """
 
-    def __init__(self, folder, unet, about, seconds, precision, device, small=None):
+    def __init__(self, folder, unet, about, seconds=None, precision="auto", device=None, t=None,
+                 steps=None, guidance=1, small=None):
         self.device = device = pick_device(device, exact=precision == "fp32")
         dtype = {"auto": sampling_dtype(device), "fp32": torch.float32}[precision]
         self.folder, self.about = folder, {**about, "dtype": str(dtype)}
         self.seconds = seconds or read_settings(folder).get("seconds", 10.24)
         self.shape = latent_shape(folder, self.seconds)
         self.encode_text = TextEncoder(folder).to(device)
+        check_fit(folder, unet, self.encode_text)
         self.decoder = Decoder(folder, dtype, small).to(device)
         self.unet = unet.to(device, dtype)
-        self.scheduler, self.eps = load_scheduler(folder), denoiser(unet)
+        self.scheduler = load_scheduler(folder)
+        self.schedule = noise_schedule(self.scheduler, device)
+        self.t, self.steps = t, steps
+        self.eps = guided(denoiser(unet), self.encode_text([""]), guidance)
+
+    def latents(self, z_T, text):
+        """Latents x0 (B, C, h, w) of noise z_T and text (B, tokens, dim), differentiable in z_T."""
+        if self.steps:
+            return many_steps(self.eps, z_T, text, self.scheduler, self.steps)
+        return one_step(self.eps, z_T, text, *self.schedule, self.t)
 
     def noise(self, numbers, seed):
         """z_T (B, C, h, w) of clips with these numbers, the k of sample.py, on the device."""
@@ -337,9 +400,13 @@ class System:
         return mel.cpu(), self.decoder.vocode(mel).cpu().numpy()
 
     def __call__(self, prompts, seed=0, k=0):
-        """Waveforms (B, N) in [-1, 1] at RATE, clip k of each prompt: numpy, as in sample.py."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self.make(prompts, self.noise([k] * len(prompts), seed))[1]
+        """Waveforms (B, N) in [-1, 1] at RATE, as in sample.py: numpy.
+
+        Of each prompt clip k; of one that comes again the next, k + 1, and so on.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = [k + prompts[:i].count(prompt) for i, prompt in enumerate(prompts)]
+        return self.make(prompts, self.noise(numbers, seed))[1]
 
 
 def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", precision="auto",
@@ -355,12 +422,9 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
     home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"],
                 advice=f"as the teacher of {name}, pass --teacher")
     about = {"student": str(Path(name)), "folder": str(folder / part), "steps": 1}
-    unet = load_unet(folder, part, fits=home)
-    system = System(home, unet, {**about, "decoder": str(small)} if small else about,
-                    seconds or made.get("seconds"), precision, device, small)
-    schedule, t = noise_schedule(system.scheduler, system.device), made.get("timestep")
-    system.latents = lambda z_T, text: one_step(system.eps, z_T, text, *schedule, t)
-    return system
+    return System(home, load_unet(folder, part), about | ({"decoder": str(small)} if small else {}),
+                  seconds or made.get("seconds"), precision, device, made.get("timestep"),
+                  small=small)
 
 
 def load_teacher(name, steps, guidance=None, seconds=None, precision="auto", device=None):
@@ -369,7 +433,5 @@ def load_teacher(name, steps, guidance=None, seconds=None, precision="auto", dev
     if guidance is None:
         guidance = read_settings(folder).get("sample", {}).get("guidance", 7.5)
     about = {"teacher": str(folder), "steps": steps, "guidance": guidance}
-    system = System(folder, load_unet(folder), about, seconds, precision, device)
-    eps = guided(system.eps, system.encode_text([""]), guidance)
-    system.latents = lambda z_T, text: many_steps(eps, z_T, text, system.scheduler, steps)
-    return system
+    return System(folder, load_unet(folder), about, seconds, precision, device, steps=steps,
+                  guidance=guidance)

@@ -14,6 +14,7 @@ import soundfile
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import data
 from data import Parser, cli, number, read_captions, read_json, replace_file, replace_text, require
 from model import LOG_MAX, LOG_MIN, RATE, load_student, load_teacher, open_student
 
@@ -44,7 +45,8 @@ def open_system(args, seconds=None, prompts=()):
     else:
         require(args.guidance is None, "--guidance goes with --teacher_steps")
         system = load_student(args.student, args.teacher, decoder=args.decoder, **more)
-    for line in system.encode_text.unread(prompts).values():
+    lines = [*system.encode_text.unread(prompts).values()]
+    for line in [*lines[:9], f"{len(lines)} prompts are not read whole"][:len(lines)]:
         print(f"warning: {line}")
     return system
 
@@ -64,7 +66,9 @@ def read_prompts(args):
     """The distinct prompts of the command line and of --prompts: {prompt: where it stands}."""
     given = {" ".join(prompt.split()): "--prompt" for prompt in args.prompt}
     if args.prompts:
-        given |= dict.fromkeys(read_captions(args.prompts)[0], args.prompts)
+        found, counts = read_captions(args.prompts)
+        given |= dict.fromkeys(found, args.prompts)
+        print(f"{args.prompts}: {len(found)} prompts, of {counts}")
     require(given and "" not in given, "an empty prompt; pass --prompt WORDS or --prompts FILE")
     return given
 
@@ -79,13 +83,15 @@ def picture(mel):
 
 def file_names(prompts, n, seed):
     """Name each clip readably and distinctly: {(prompt, k): a-dog-barks-twice_seed0_0.wav}."""
-    slugs = []
+    slugs, last = {}, {}                                # {slug: prompt}, {base: its last number}
     for prompt in prompts:
-        base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
-        numbered = [base, *(f"{base}-{i}" for i in range(2, len(slugs) + 2))]   # one is free
-        slugs.append(next(slug for slug in numbered if slug not in slugs))
+        slug = base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
+        while slug in slugs:
+            last[base] = last.get(base, 1) + 1
+            slug = f"{base}-{last[base]}"
+        slugs[slug] = prompt
     return {(prompt, k): f"{slug}_seed{seed}_{k}.wav"
-            for prompt, slug in zip(prompts, slugs) for k in range(n)}
+            for slug, prompt in slugs.items() for k in range(n)}
 
 
 def read_manifest(folder):
@@ -96,6 +102,14 @@ def read_manifest(folder):
         isinstance(r, dict) and {"file", "prompt", "seed", "k"} <= set(r) for r in rows)
     require(ours, f"{path}: is not sample.py's; choose another folder")
     return rows
+
+
+def add_to_manifest(folder, rows):
+    """Put rows {file: row} into a folder's manifest.json, to which other processes may add too."""
+    with data.locked(folder / "manifest.json"):
+        rows = {row["file"]: row for row in read_manifest(folder)} | rows
+        listed = json.dumps(list(rows.values()), indent=2, ensure_ascii=False)
+        replace_text(folder / "manifest.json", listed + "\n")
 
 
 def write_clips(args, prompts, load, more={}):
@@ -109,20 +123,25 @@ def write_clips(args, prompts, load, more={}):
         require(args.overwrite or not path.exists(), f"{path} exists; pass --overwrite or --out")
     read_manifest(out)                                  # InputError before the work, not after
     system, clips, started = load(), list(paths), time.time()           # clips: [(prompt, k)]
-    for i in tqdm(range(0, len(clips), args.batch_size), "batches"):
-        part = clips[i:i + args.batch_size]
-        mels, wavs = system.make([prompt for prompt, _ in part],
-                                 system.noise([k for _, k in part], args.seed))
-        out.mkdir(parents=True, exist_ok=True)
-        rows = {row["file"]: row for row in read_manifest(out)}     # another process may add some
-        for (prompt, k), wav, mel in zip(part, wavs, mels):
-            path = paths[prompt, k]
-            replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16", format="WAV"))
-            replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
-            rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
-                               **system.about, **more.get(prompt, {})}
-        listed = json.dumps(list(rows.values()), indent=2, ensure_ascii=False)
-        replace_text(out / "manifest.json", listed + "\n")
+    rows = {}
+    try:
+        for i in tqdm(range(0, len(clips), args.batch_size), "batches"):
+            part = clips[i:i + args.batch_size]
+            mels, wavs = system.make([prompt for prompt, _ in part],
+                                     system.noise([k for _, k in part], args.seed))
+            out.mkdir(parents=True, exist_ok=True)
+            for (prompt, k), wav, mel in zip(part, wavs, mels):
+                path = paths[prompt, k]
+                replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16",
+                                                               format="WAV"))
+                replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
+                rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
+                                   **system.about, **more.get(prompt, {})}
+            if len(rows) < 1000 or i % (100 * args.batch_size) == 0:    # 45,000 take a second
+                add_to_manifest(out, rows)
+    finally:
+        if rows:
+            add_to_manifest(out, rows)
     seconds, length = (time.time() - started) / len(clips), wavs.shape[1] / RATE
     print(*list(paths.values())[:10], f"{len(clips)} clips, listed in {out / 'manifest.json'}: "
           f"{seconds:.2f} s a clip (real-time factor {seconds / length:.2f})", sep="\n")

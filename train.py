@@ -9,12 +9,12 @@ The same command again resumes, bit for bit (a GPU's own nondeterminism aside). 
 (a diffusers UNet for sample.py), lora/ (PEFT's format), checkpoint.pt, metrics.jsonl to --out_dir.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ AUFFUSION = "auffusion/auffusion-full-no-adapter"
 
 def add_run(add):
     """Add what every training script has: what to distil, optimization, machine and output."""
-    add("--teacher", default=AUFFUSION, help='hub name, folder, or "tiny"')
+    add("--teacher", help=f'hub name, folder, or "tiny"; default: {AUFFUSION}')
     add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
@@ -78,8 +77,8 @@ def add_vsd(add):
     """Add the method's own flags; where their values come from: README, "Where this differs"."""
     add("--lora_guidance", type=positive, help="on the LoRA teacher; default: same as --guidance")
     add("--lora_weighting", choices=("alpha2", "v"), default="alpha2", help="weight of eq. 8")
-    add("--tv", choices=("l1", "l2", "none"), default="l1", help="total variation, eq. 6")
-    add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7")
+    add("--tv", choices=("l1", "l2"), default="l1", help="total variation, eq. 6")
+    add("--tv_weight", type=positive, default=0.05, help="its lambda, eq. 7; 0: none")
     add("--lora_rank", type=count, default=64, help="rank r; 64 on q and v ran away at rate 2e-3")
     add("--lora_alpha", type=positive, default=128, help="its scale is alpha / r")
     add("--lora_targets", choices=TARGETS, default="qv", help="layers that get an adapter")
@@ -87,47 +86,6 @@ def add_vsd(add):
     add("--lora_lr", type=positive, default=1e-3, help="LoRA teacher's rate")
     add("--t_min", type=number(int, 0, 999), default=20, help="smallest timestep of eq. 3")
     add("--t_max", type=number(int, 1, 1000), default=981, help="one above the largest")
-
-
-# The flags that --init takes over from the run that made the student, unless they are given.
-KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
-        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
-
-
-def words(p, given, values, path):
-    """{flag: value} of a file as words of a command line; InputError where p cannot parse them."""
-    values = values | (dict.fromkeys(["caption_column", "max_captions"]) if given.captions else {})
-    found = [f"--{name}" if value is True else f"--{name}={value}"
-             for name, value in values.items() if value is not None and value is not False]
-    try:
-        p.parse_args(found)
-    except InputError as e:
-        raise InputError(f"{path}: {e}")
-    return found
-
-
-def parse_run(p, argv):
-    """Parse a training script's flags: those given, then --init's, then the teacher's own."""
-    argv = sys.argv[1:] if argv is None else argv
-    args, init = p.parse_args(argv), []
-    if args.init:
-        folder, _, about = model.open_student(args.init)
-        kept = {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in args}
-        kept.update(teacher=about.get("teacher"), student_t=about.get("timestep"))
-        init = words(p, args, kept, folder)
-        args = p.parse_args([*init, *argv])
-    settings = read_settings(home := model.find(args.teacher, model.SETTINGS))
-    own = dict(settings.get("train", {}))
-    if p.prog != "train.py":                            # a recipe has some of them, and its own
-        own = {k: own[k] for k in own if k in args} | settings.get(p.prog.split(".")[-1], {})
-    if "captions" in own:
-        own["captions"] = str(home / own["captions"])
-    args = p.parse_args([*words(p, args, own, home / "swiftaudio.json"), *init, *argv])
-    require(args.captions, "--captions FILE is needed")
-    args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
-    if args.teacher != "tiny" and Path(args.teacher).is_dir():
-        args.teacher = str(Path(args.teacher).resolve())
-    return args
 
 
 def parse_args(argv=None):
@@ -139,25 +97,124 @@ def parse_args(argv=None):
     return args
 
 
-# ---- what recipes/ share with the loop below -----------------------------------------------------
+# ---- the method (the paper's Algorithm 1) --------------------------------------------------------
 
-def learning_rate(step, args):
-    """The factor on all rates at a step: linear warm-up, then constant or linear decay."""
-    warm = min(1, (step + 1) / max(1, args.warmup))
-    return warm * (1 - step / args.max_steps if args.decay else 1)
+def main(argv=None):
+    args = parse_args(argv)
+    run = start(args)
+    device, alpha, sigma, null = run.device, run.alpha, run.sigma, run.null
+
+    # Two networks: the student, and a frozen UNet with adapters.
+    torch.manual_seed(args.seed)
+    adapters = inject(run.unet, args.lora_targets, args.lora_rank, args.lora_alpha)
+    load_adapters(run)
+    weights = {"student": list(run.student.parameters()), "lora": adapters}
+    rates = {"student": args.lr, "lora": args.lora_lr}
+    opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
+    weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
+    run.resume(weights, opts)
+    nets = prepare(run, {"student": run.student, "lora": run.unet})
+
+    # Three denoisers: with its adapters off, the frozen UNet is the teacher; on, the LoRA teacher.
+    student, lora_teacher = (denoiser(net, run.amp) for net in nets.values())
+
+    def teacher(x, t, text):
+        with lora_disabled(run.unet):
+            return lora_teacher(x, t, text)
+
+    lora_guidance = args.guidance if args.lora_guidance is None else args.lora_guidance
+    guided_teacher = guided(teacher, null, args.guidance)
+    guided_lora_teacher = guided(lora_teacher, null, lora_guidance)
+
+    for step in run.steps("distil", "vsd", "lora", "x0_std"):       # logs and saves behind each
+        for name, opt in opts.items():
+            opt.param_groups[0]["lr"] = rates[name] * learning_rate(step, args)
+            opt.zero_grad()
+
+        for micro in range(args.grad_accum):
+            numbers = run.numbers(step, micro)
+            z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
+                numbers, args.seed, run.shape, args.t_min, args.t_max, run.T))
+            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
+            for net in nets.values():           # DDP averages gradients once a step
+                net.require_backward_grad_sync = micro == args.grad_accum - 1
+
+            # Student: one pass from noise to x0, moved along the two teachers' difference.
+            x0 = one_step(student, z_T, text, alpha, sigma, args.student_t)         # eq. 1
+            vsd = vsd_loss(x0, t, eps, text, guided_teacher, guided_lora_teacher,   # eq. 3
+                           alpha, sigma)
+            tv = tv_loss(x0, args.tv)                                               # eq. 6
+            ((vsd + args.tv_weight * tv).mean() / args.grad_accum).backward()       # eq. 7
+
+            # LoRA teacher: learn to denoise what the student makes now.
+            text = torch.where((u < args.lora_drop)[:, None, None], null, text)
+            lora = lora_loss(x0, t_lora, eps_lora, text, lora_teacher, alpha, sigma,
+                             args.lora_weighting)                                   # eq. 8
+            (lora.mean() / args.grad_accum).backward()
+
+            run.log(vsd=vsd, tv=tv, lora=lora, x0_std=x0.std((1, 2, 3)))
+
+        for name, opt in opts.items():
+            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
+            run.log(**{f"grad_{name}": norm})   # the run ends where it is not finite
+            opt.step()
+        average(weights, args.ema, step)
+
+    return run.end()
 
 
-def adamw(args, weights, lr):
-    """AdamW of these weights, as the flags say."""
-    return torch.optim.AdamW(weights, lr, betas=(args.beta1, args.beta2),
-                             weight_decay=args.weight_decay, fused=weights[0].is_cuda)
+# ---- flags of several sources; from here on, what recipes/ use too -------------------------------
 
+# The flags that --init takes over from the run that made the student, unless they are given.
+KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
+        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
+
+
+def parse_run(p, argv, recipe=None):
+    """Parse a training script's flags: those given, else --init's, else the teacher's own.
+
+    recipe: whose section of the teacher's swiftaudio.json counts after "train".
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given, about = p.parse_args(argv), {}
+    if given.init:
+        about = model.open_student(given.init)[2]
+    teacher = given.teacher or about.get("teacher", AUFFUSION)
+    settings = read_settings(home := model.find(teacher, model.SETTINGS))
+    values = {k: v for k, v in settings.get("train", {}).items() if k in given or not recipe}
+    values |= settings.get(recipe, {})
+    if "captions" in values:
+        values["captions"] = str(home / values["captions"])
+    values |= {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in given}
+    values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
+    if given.captions:
+        values |= dict.fromkeys(["captions", "caption_column", "max_captions"])
+    lost = str(values.get("captions")).startswith("./")             # by public(), from its machine
+    require(not lost, f"--captions FILE is needed: {given.init} was trained on other files")
+    words = [f"--{name}" if value is True else f"--{name}={value}"
+             for name, value in values.items() if value is not None and value is not False]
+    try:
+        args = p.parse_args([*words, *argv])
+    except InputError as e:                             # of these words: argv alone was fine
+        raise InputError(f"{home / 'swiftaudio.json'}{f' or {given.init}' * bool(about)}: {e}")
+    require(args.captions, "--captions FILE is needed")
+    args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
+    if args.teacher != "tiny" and Path(args.teacher).is_dir():
+        args.teacher = str(Path(args.teacher).resolve())
+    args.defaults = {name: p.get_default(name) for name in vars(args)}
+    return args
+
+
+# ---- the networks --------------------------------------------------------------------------------
 
 def start(args):
-    """Start the processes and load all that a training script needs: a namespace of it."""
-    run = argparse.Namespace(args=args, out=Path(args.out_dir), first_step=0, lines=[])
-    run.rank, run.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run.say = tqdm.write if run.rank == 0 else lambda line: None
+    """Start the processes and load what a training script needs: a Run, with these besides.
+
+    device; amp, autocast's context; captions; folder, the teacher's; home, the first student's;
+    encode_text; null (1, tokens, dim); shape (C, h, w) of latents; alpha, sigma (T + 1,); T;
+    scheduler; student and unet, the networks.
+    """
+    run = Run(args, args.out_dir)
     run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
     if run.ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -177,16 +234,19 @@ def start(args):
     if unread := run.encode_text.unread(run.captions):
         run.say(f"warning: {len(unread)} captions are not read whole, {list(unread.values())[0]}")
     run.home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
-    run.student = load_unet(run.home, part, fits=folder).to(device).requires_grad_(True)
-    unet = load_unet(folder).to(device)
+    run.student, unet = load_unet(run.home, part), load_unet(folder)
+    for net in (unet, run.student):
+        model.check_fit(folder, net, run.encode_text)
+        net.to(device)
+    run.student.requires_grad_(True)
     is_of = fingerprint(unet)
-    same = about.get("flags", {}).get("teacher's weights", is_of) == is_of
+    same = about.get("identity", about.get("flags", {})).get("teacher's weights", is_of) == is_of
     require(same, f"--init {args.init}: is not a student of --teacher {args.teacher}")
-    run.config = {**vars(args), "teacher's weights": is_of, "alpha_T": float(run.alpha[-1]),
-                  "text encoder's weights": fingerprint(run.encode_text),
-                  "first student's weights": fingerprint(run.student),
-                  "captions' text": digest("\n".join(run.captions).encode()),
-                  "captions a step": args.batch_size * args.grad_accum * run.ranks}
+    run.identity |= {"teacher's weights": is_of, "alpha_T": float(run.alpha[-1]),
+                     "text encoder's weights": fingerprint(run.encode_text),
+                     "first student's weights": fingerprint(run.student),
+                     "captions' text": digest("\n".join(run.captions).encode()),
+                     "captions a step": args.batch_size * args.grad_accum * run.ranks}
     run.unet = unet.to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     return run
 
@@ -202,59 +262,33 @@ def fingerprint(network):
     return digest(torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy().tobytes())
 
 
-# What may differ on resume. Of teacher, first student and captions the content is compared, of a
-# batch the size; other rates or precision get past a step that was not finite.
-MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compile checkpointing "
-                 "captions caption_column max_captions teacher init batch_size grad_accum cache "
-                 "lr lora_lr d_lr precision".split())
+def load_adapters(run):
+    """Go on with the LoRA teacher beside --init's student; one of its last step, not student-N."""
+    home = run.home.resolve()
+    if home.name == "student" and (home.parent / "lora").is_dir():
+        model.load_part(home.parent, "lora", lambda path: load_lora_state(
+            run.unet, load_file(path / "adapter_model.safetensors")))
+    elif run.args.init:
+        run.say(f"{run.args.init}: has no LoRA teacher beside it; that starts anew")
 
 
-def resume(run, weights, opts, instead="choose another --out_dir"):
-    """Go on from this run's checkpoint, if there is one: weights {name: [w]}, opts {name: opt}.
+def adamw(args, weights, lr):
+    """AdamW of these weights, as the flags say."""
+    return torch.optim.AdamW(weights, lr, betas=(args.beta1, args.beta2),
+                             weight_decay=args.weight_decay, fused=weights[0].is_cuda)
 
-    Both stay in run, for save_run(). InputError for another run's, naming the flag, or no room.
-    """
-    out, path, ours = run.out, run.out / "checkpoint.pt", run.config
-    run.weights, run.opts = weights, opts
-    if run.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        run.lock = FileLock(out / "run.lock", timeout=0, is_singleton=True)
-        try:                                            # held until `run` is gone
-            run.lock.acquire()
-        except Timeout:
-            raise InputError(f"{out}: another process trains there; {instead}")
-        except (OSError, NotImplementedError):          # a cluster's file system without locks
-            pass
-    if path.exists():
-        try:                                            # torch maps no name that is not UTF-8
-            found = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=str(path).isprintable())
-            theirs = found["config"]
-        except Exception as e:
-            raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or {instead}")
-        fixed = set(ours) - MAY_CHANGE | ({"max_steps"} if ours.get("decay") else set())
-        for name in ["recipe", "teacher's weights", *sorted(fixed)]:
-            flag = name if " " in name else f"--{name}"
-            require(theirs.get(name) == ours.get(name), f"{out}: holds a run with {flag} "
-                    f"{theirs.get(name)}, this one has {ours.get(name)}; {instead}")
-        for name, tensors in weights.items():
-            for w, saved in zip(tensors, found["weights"][name], strict=True):
-                w.data.copy_(saved)
-        for name, opt in opts.items():                  # copied, or the file would stay mapped
-            opt.load_state_dict(copy.deepcopy(found["opts"][name]))
-        run.first_step, run.lines = found["step"], found["lines"]
-    require(run.first_step or not (out / "student").exists(),
-            f"{out}: holds a student but no checkpoint to resume from; {instead}")
-    if run.ranks > 1:
-        steps = [None] * run.ranks
-        dist.all_gather_object(steps, run.first_step)
-        require(len(set(steps)) == 1, f"{out}: the processes would start at steps {steps}; pass an "
-                "--out_dir that all of them see")
-    size = sum(w.nbytes * (1 if name == "ema" else 3)   # Adam has two for each weight
-               for name, tensors in weights.items() for w in tensors)
-    free, copies = shutil.disk_usage(out).free, 1 if run.first_step else 2      # while replaced
-    require(free > copies * size, f"{out}: {free / 1e9:.1f} GB are free, saving takes {copies} x "
-            f"{size / 1e9:.1f} GB")
+
+def learning_rate(step, args):
+    """The factor on all rates at a step: linear warm-up, then constant or linear decay."""
+    warm = min(1, (step + 1) / max(1, args.warmup))
+    return warm * (1 - step / args.max_steps if args.decay else 1)
+
+
+def average(weights, ema, step):
+    """Move the average that is saved towards the student; it is shorter in the first steps."""
+    if weights["ema"]:
+        rate = min(ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 
 
 def prepare(run, nets):
@@ -269,180 +303,200 @@ def prepare(run, nets):
     return nets
 
 
-def average(weights, ema, step):
-    """Move the average that is saved towards the student; it is shorter in the first steps."""
-    if weights["ema"]:
-        rate = min(ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
+# ---- a run: its checkpoint, log and signals ------------------------------------------------------
+
+# What may differ on resume. Of teacher, first student and captions the content is compared, of a
+# batch the size; other rates or precision get past a step that was not finite.
+MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compile checkpointing "
+                 "captions caption_column max_captions teacher init batch_size grad_accum cache "
+                 "lr lora_lr d_lr precision student".split())
+# How users and clusters ask a program to end.
+STOP = [getattr(signal, name) for name in "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU "
+        "SIGBREAK".split() if hasattr(signal, name)]
 
 
-def save_run(run, step, log):
-    """Write checkpoint.pt, student/ and, where there are adapters, lora/: each file whole."""
-    replace_file(run.out / "checkpoint.pt", lambda path: torch.save({
-        "step": step, "config": run.config, "lines": log.lines,
-        "weights": {name: [w.detach() for w in tensors] for name, tensors in run.weights.items()},
-        "opts": {name: opt.state_dict() for name, opt in run.opts.items()}}, path))
-    save_student(run, run.out / "student", step)
-    if "lora" in run.weights:
-        save_lora(run.unet, run.out / "lora", run.args.lora_rank, run.args.lora_alpha)
+class Run:
+    """A run on its way: its folder, checkpoint, log, bar and signals.
+
+    args, flags: a namespace, and a dict. identity: a dict of what else must be equal for a
+    checkpoint to be of this run. out: its folder. rank, ranks: this process, and how many there
+    are. By resume(): weights {name: [w]} and opts {name: optimizer}, which a checkpoint holds;
+    first_step; lines, means a line per interval. code: of main(), 0 or 128 and a signal's number.
+    """
+
+    def __init__(self, args, out):
+        self.args, self.out, self.first_step, self.code = args, Path(out), 0, 0
+        self.flags = {name: value for name, value in vars(args).items() if name != "defaults"}
+        self.identity, self.lines, self.locked = {"recipe": None}, [], contextlib.ExitStack()
+        given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        require(given == 3 * [None] or all(n and n.isdigit() for n in given), "RANK, WORLD_SIZE, "
+                f"LOCAL_RANK are {given}: start it with torchrun, or unset them")
+        self.rank, self.ranks = int(given[0] or 0), int(given[1] or 1)
+        self.say = tqdm.write if self.rank == 0 else lambda line: None
+
+    def numbers(self, step, micro):
+        """The numbers of the samples in this process's forward pass `micro` of a step."""
+        size, accum = self.args.batch_size, self.args.grad_accum
+        first = ((step * accum + micro) * self.ranks + self.rank) * size
+        return range(first, first + size)
+
+    def resume(self, weights, opts, result="student"):
+        """Lock the folder and go on from its checkpoint, if there is one; InputError: another's.
+
+        result: what save_result() writes there. A flag that a checkpoint lacks had its default.
+        """
+        self.weights, self.opts, path = weights, opts, self.out / "checkpoint.pt"
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.locked.enter_context(data.locked(self.out / "run", wait=False))
+            for left in self.out.glob("checkpoint.pt.*.tmp"):   # by a kill while it was saved
+                left.unlink()
+        if path.exists():
+            try:                                        # torch maps no name that is not UTF-8
+                found = torch.load(path, map_location="cpu", weights_only=True,
+                                   mmap=str(path).isprintable())
+                theirs = self.args.defaults | found["flags"] | found["identity"]
+            except Exception as e:
+                raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or start "
+                                 "in another folder")
+            may_change = MAY_CHANGE - {"max_steps" if self.args.decay else ""}
+            for name, ours in (self.identity | self.flags).items():
+                require(name in may_change or theirs.get(name) == ours, f"{self.out}: holds a run "
+                        f"with {name} {theirs.get(name)}, not {ours}; start in another folder")
+            for name, tensors in weights.items():
+                for w, saved in zip(tensors, found["weights"][name], strict=True):
+                    w.data.copy_(saved)
+            for name, opt in opts.items():              # copied, or the file would stay mapped
+                opt.load_state_dict(copy.deepcopy(found["opts"][name]))
+            self.first_step, self.lines = found["step"], found["lines"]
+        require(self.first_step or not (self.out / result).exists(), f"{self.out}: holds a "
+                f"{result} but no checkpoint to resume from; start in another folder")
+        if self.ranks > 1:
+            steps = [None] * self.ranks
+            dist.all_gather_object(steps, self.first_step)
+            require(len(set(steps)) == 1, f"{self.out}: the processes would start at steps "
+                    f"{steps}; pass an --out_dir that all of them see")
+        self.means, self.logged, self.time = {}, self.first_step, time.time()
+        if self.rank == 0:                              # lines after the checkpoint are dropped
+            data.replace_text(self.out / "metrics.jsonl", "".join(map(json_line, self.lines)))
+
+    def log(self, **values):
+        """Add losses (B,) or numbers to the means of the next line."""
+        for name, value in values.items():              # on the device: reading stalls a GPU
+            self.means.setdefault(name, []).append(value.detach().mean())
+
+    def write_line(self, done):
+        """Write the means since the last line, over all processes; InputError if not finite."""
+        line, samples = {"step": done}, (done - self.logged) * self.identity["captions a step"]
+        for name, values in self.means.items():
+            mean = torch.stack(values).mean() / self.ranks
+            if self.ranks > 1:
+                dist.all_reduce(mean)
+            line[name] = mean.item()
+            require(mean.isfinite(), f"steps {self.logged + 1} to {done}: {name} is not finite; "
+                    "the last checkpoint is good. Go on with smaller rates or in fp32")
+        line["samples_per_s"] = samples / (time.time() - self.time)     # a GPU is done by now
+        self.means, self.logged, self.time = {}, done, time.time()
+        self.lines.append(line)
+        if self.rank == 0:              # a line that cannot be written is in the checkpoint, too
+            with contextlib.suppress(OSError), open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json_line(line))
+        return line
+
+    def steps(self, name, *shown):
+        """Yield the steps that are left, with a bar; behind each, save what is due, then show it.
+
+        A signal to stop waits for that.
+        """
+        first, last = self.first_step, self.args.max_steps
+        if first >= last and self.rank == 0:            # perhaps killed between two files
+            self.save(first)
+        bar = tqdm(range(first, last), initial=first, total=last, desc=name, disable=self.rank > 0)
+        ignored = [n for n in STOP if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_IGN]
+        self.caught = 0                                 # ignored: SIGHUP, by nohup
+        before = {n: signal.signal(n, self.catch) for n in STOP if n not in ignored}
+        try:
+            for step in bar:
+                yield step
+                if line := self.end_step(step + 1):
+                    bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+                if self.code:
+                    break
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+            self.locked.close()
+
+    def catch(self, n, frame):
+        self.caught = n                                 # SIGTERM may come twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C ends it
+
+    def end_step(self, done):
+        """Log and save what is due after step `done`: a line of the log, or None."""
+        args, signalled = self.args, torch.tensor(self.caught)
+        if self.ranks > 1:
+            dist.all_reduce(signalled := signalled.to(self.device), dist.ReduceOp.MAX)
+        self.code = 128 + int(signalled) if signalled else 0
+        keep = args.keep_every and done % args.keep_every == 0
+        due = self.code or keep or done == args.max_steps or done % args.save_every == 0
+        if not due and done % args.log_every:
+            return None
+        line = self.write_line(done)                    # at each save: a resumed log has no gap
+        if due and self.rank == 0:
+            if keep:                                    # first, or it could be missed for good
+                save_student(self, self.out / f"student-{done}", done)
+            self.save(done)
+        self.time = time.time()                         # saving is not training
+        return line
+
+    def save(self, step):
+        """Write checkpoint.pt, then what others read: each file whole."""
+        replace_file(self.out / "checkpoint.pt", lambda path: torch.save({
+            "step": step, "flags": self.flags, "identity": self.identity, "lines": self.lines,
+            "weights": {k: [w.detach() for w in tensors] for k, tensors in self.weights.items()},
+            "opts": {name: opt.state_dict() for name, opt in self.opts.items()}}, path))
+        self.save_result(step)
+
+    def save_result(self, step):
+        save_student(self, self.out / "student", step)
+        if "lora" in self.weights:
+            save_lora(self.unet, self.out / "lora", self.args.lora_rank, self.args.lora_alpha)
+
+    def end(self, hear=None):
+        """Say how the run ended, and return main()'s exit code."""
+        hear = hear or f'python sample.py --student {self.out / "student"} --prompt "..."'
+        self.say(f"stopped after step {self.logged}, which is saved; the same command goes on"
+                 if self.code else f"hear it: {hear}")
+        return self.code
+
+
+def public(value):
+    """A flag, or a word of a command, without this machine's folders: /home/me/S is ./S."""
+    name, sign, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
+    return f"{name}{sign}./{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def save_student(run, folder, step):
     """Write the student, or its average, as sample.py and diffusers read it."""
-    names, flags = [name for name, _ in run.student.named_parameters()], run.config
+    names, flags = [name for name, _ in run.student.named_parameters()], run.flags
     kept = [w.detach().contiguous() for w in run.weights["ema"] or run.weights["student"]]
-    about = {"teacher": flags["teacher"], "timestep": flags["student_t"] or run.T, "step": step,
-             "seconds": read_settings(run.folder).get("seconds", 10.24), "flags": flags,
-             "command": shlex.join(["python", *sys.orig_argv[1:]])}
+    about = {"teacher": public(flags["teacher"]), "timestep": flags["student_t"] or run.T,
+             "step": step, "seconds": read_settings(run.folder).get("seconds", 10.24),
+             "flags": {name: public(value) for name, value in flags.items()},
+             "identity": run.identity,
+             "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
+    config = json.loads(run.student.to_json_string()) | {"_name_or_path": None}
     folder.mkdir(exist_ok=True)
     replace_file(folder / "diffusion_pytorch_model.safetensors",
-                 lambda path: save_file(dict(zip(names, kept)), path, {"format": "pt"}))
-    data.replace_text(folder / "config.json", run.student.to_json_string())
+                 lambda path: path.write_bytes(save(dict(zip(names, kept)), {"format": "pt"})))
+    data.replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
+    paths = {public(path): path for path in flags.values() if public(path) != path}
+    data.replace_text(run.out / "paths.json", json_line(paths))     # for this machine alone
 
 
-def steps_left(run, log, name):
-    """A progress bar over the steps that are left. From here on a signal waits for a step's end."""
-    if run.first_step >= run.args.max_steps and run.rank == 0:  # perhaps killed between two files
-        save_run(run, run.first_step, log)
-    run.caught = torch.zeros(1, device=run.device if run.ranks > 1 else "cpu")
-    for n in (signal.SIGTERM, signal.SIGINT):   # SIGTERM may come twice; a second Ctrl-C ends it
-        signal.signal(n, lambda n, _: (run.caught.fill_(n),
-                                       signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    return tqdm(range(run.first_step, run.args.max_steps), initial=run.first_step,
-                total=run.args.max_steps, desc=name, disable=run.rank > 0)
-
-
-def end_step(run, done, log, bar, *shown):
-    """Log and save what is due after step `done`; return the exit code of a signal that came."""
-    args, signalled = run.args, run.caught.clone()      # another may come while they compare
-    if run.ranks > 1:
-        dist.all_reduce(signalled, dist.ReduceOp.MAX)
-    keep = args.keep_every and done % args.keep_every == 0
-    due = signalled or keep or done == args.max_steps or done % args.save_every == 0
-    if due or done % args.log_every == 0:               # at each save: a resumed log has no gap
-        line = log.write(done)
-        bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
-    if due and run.rank == 0:
-        if keep:                                        # first, or it could be missed for good
-            save_student(run, run.out / f"student-{done}", done)
-        save_run(run, done, log)
-    log.time = time.time() if due else log.time         # saving is not training
-    if signalled:
-        run.say(f"stopped after step {done}, which is saved; the same command goes on")
-        return 128 + int(signalled)
-
-
-class Log:
-    """Mean values, a line per interval, in metrics.jsonl and in the checkpoint."""
-
-    def __init__(self, run):
-        self.run, self.lines, self.path = run, run.lines, run.out / "metrics.jsonl"
-        self.sums, self.step, self.time = {}, run.first_step, time.time()
-        if run.rank == 0:                               # lines after the checkpoint are dropped
-            data.replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def add(self, name, value):
-        """Add a loss (B,) or a number."""
-        value = value.detach().reshape(-1)
-        row = torch.stack([value.sum(), torch.ones_like(value).sum()])
-        self.sums[name] = self.sums.get(name, 0) + row  # on the device: reading stalls a GPU
-
-    def write(self, step):
-        """Write the means since the last line, over all processes; InputError if not finite."""
-        line, samples = {"step": step}, (step - self.step) * self.run.config["captions a step"]
-        for name, row in self.sums.items():
-            if self.run.ranks > 1:
-                dist.all_reduce(row)
-            line[name] = float(row[0] / row[1])
-            require(row.isfinite().all(), f"steps {self.step + 1} to {step}: {name} is not "
-                    "finite; the last checkpoint is good. Go on with smaller rates or in fp32")
-        line["samples_per_s"] = samples / (time.time() - self.time)     # a GPU is done by now
-        self.sums, self.step, self.time = {}, step, time.time()
-        self.lines.append(line)
-        if self.run.rank == 0:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-        return line
-
-
-# ---- the program ---------------------------------------------------------------------------------
-
-def main(argv=None):
-    args = parse_args(argv)
-    run = start(args)
-    device, alpha, sigma, null = run.device, run.alpha, run.sigma, run.null
-    lora_guidance = args.guidance if args.lora_guidance is None else args.lora_guidance
-
-    # ---- two networks: the student, and a frozen UNet with adapters --------------------------
-    student, unet = run.student, run.unet
-    torch.manual_seed(args.seed)
-    adapters = inject(unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-    home = run.home.resolve()       # lora/ is of the last step, so it is not of a kept student-N
-    if args.init and home.name == "student" and (home.parent / "lora").is_dir():
-        model.load_part(home.parent, "lora", lambda path: load_lora_state(
-            unet, load_file(path / "adapter_model.safetensors")))
-    weights = {"student": list(student.parameters()), "lora": adapters}
-    rates = {"student": args.lr, "lora": args.lora_lr}
-    opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
-    weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
-    resume(run, weights, opts)
-    nets = prepare(run, {"student": student, "lora": unet})
-
-    # ---- three handles: adapters off, the frozen UNet is the teacher; on, the LoRA teacher -----
-    student_eps, lora_eps = (denoiser(net, run.amp) for net in nets.values())
-
-    def teacher_eps(x, t, text):
-        with lora_disabled(unet):
-            return lora_eps(x, t, text)
-
-    run.say(json.dumps(run.config))
-    run.say(f"latents {run.shape}, {device.type} {args.precision}, from step {run.first_step}")
-
-    # ---- the loop (the paper's Algorithm 1) ----------------------------------------------------
-    log = Log(run)
-    bar = steps_left(run, log, "distil")
-    for step in bar:
-        for name, opt in opts.items():
-            opt.param_groups[0]["lr"] = rates[name] * learning_rate(step, args)
-            opt.zero_grad()
-
-        for micro in range(args.grad_accum):
-            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
-            numbers = range(first, first + args.batch_size)
-            z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
-                numbers, args.seed, run.shape, args.t_min, args.t_max, run.T))
-            text = run.encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
-            for net in nets.values():           # DDP averages gradients once a step
-                net.require_backward_grad_sync = micro == args.grad_accum - 1
-
-            # Student: one pass from noise to x0, moved along the two teachers' difference.
-            x0 = one_step(student_eps, z_T, text, alpha, sigma, args.student_t)
-            vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, args.guidance),
-                           guided(lora_eps, null, lora_guidance), alpha, sigma)
-            tv = tv_loss(x0, args.tv)
-            ((vsd + args.tv_weight * tv).mean() / args.grad_accum).backward()
-
-            # LoRA teacher: learn to denoise what the student makes now.
-            text = torch.where((u < args.lora_drop)[:, None, None], null, text)
-            lora = lora_loss(x0, t_lora, eps_lora, text, lora_eps, alpha, sigma,
-                             args.lora_weighting)
-            (lora.mean() / args.grad_accum).backward()
-
-            log.add("vsd", vsd)
-            log.add("tv", tv)
-            log.add("lora", lora)
-            log.add("x0_std", x0.std((1, 2, 3)))
-
-        for name, opt in opts.items():
-            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
-            log.add(f"grad_{name}", norm)       # the run ends where it is not finite
-            opt.step()
-        average(weights, args.ema, step)
-        if code := end_step(run, step + 1, log, bar, "vsd", "lora", "x0_std"):
-            return code
-
-    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+def json_line(value):
+    return json.dumps(value) + "\n"
 
 
 if __name__ == "__main__":

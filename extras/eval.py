@@ -12,7 +12,9 @@ FAD reads files as the public evaluation code does: the mean of the channels, wi
 resamples with resampy, this one as torchaudio does. All else takes the first channel less its mean.
 """
 import json
+import os
 import re
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -123,6 +125,11 @@ def audioset(stem):
     return found[1], found[2] and float(found[2])
 
 
+def normal(name):
+    """A file's name as different systems and tables may write it: NFC, / for \\, no outer space."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").strip()
+
+
 def read_clips(path, reference):
     """A caption list and a folder of recordings: {stem.wav of a recording: its captions}.
 
@@ -131,35 +138,42 @@ def read_clips(path, reference):
     many clips there are, and which lack a recording.
     """
     real, by_id, found, missing = recordings(reference), {}, {}, {}
+    plain = {normal(stem): stem for stem in real}
     for stem in real:
         name, start = audioset(stem)
         by_id.setdefault(name, {})[stem] = start
 
-    def match(stem):
-        name, start = audioset(stem)
-        fits = [s for s, at in by_id.get(name, {}).items() if at == start or None in (at, start)]
-        return stem if stem in real else fits[0] if len(fits) == 1 else None
+    def match(value):
+        """The recording of this name as it is, in its normal form, or of this clip of AudioSet."""
+        for stem in (value, Path(value).stem, normal(value), Path(normal(value)).stem):
+            name, start = audioset(stem)
+            fits = [s for s, at in by_id.get(name, {}).items() if at == start or None in (at, start)]
+            if stem in real or stem in plain or len(fits) == 1:
+                return stem if stem in real else plain.get(stem) or fits[0]
+        return None
 
-    for n, row in enumerate(data.read_rows(path), 1):
-        row = row if isinstance(row, dict) else {}
+    rows = data.read_rows(path)
+    for n, row in enumerate(rows, 1):
+        if row is None:                                 # not whole; counted below
+            continue
+        require(isinstance(row, dict), f"{path}: row {n} names no recording")
         columns = data.caption_columns(row)
-        cells = [row[name] if isinstance(row[name], list) else [row[name]] for name in columns]
-        captions = [str(c).strip() for cell in cells for c in cell if c and str(c).strip()]
+        captions = [*filter(None, data.row_captions(row, f"{path}: row {n}"))]
         values = [str(v) for k, v in row.items() if v and k not in (*columns, "start_time")]
         # the name of a file counts before numbers, which may be other files' names
         values = [v for v in values if Path(v).suffix.lower() in SOUNDS] or values
         if "youtube_id" in row:                         # AudioCaps' own csv
             values = [f"{row['youtube_id']}_{row.get('start_time')}", *values]
         require(captions, f"{path}: row {n} holds no caption (text, caption, caption_1 ...)")
-        stems = [stem for value in values for stem in (value, Path(value).stem)]
-        if stem := next(filter(None, map(match, stems)), None):
+        if stem := next(filter(None, map(match, values)), None):
             found.setdefault(f"{stem}.wav", []).extend(captions)
         else:
             missing[(values or captions)[0]] = row
     names = ", ".join(list(missing)[:3]) + ", ..." * (len(missing) > 3)
     require(found, f"{reference}: holds no recording that {path} names (looked for {names})")
     print(f"{path}: N = {len(found)} of {len(found) + len(missing)} clips; {len(missing)} without "
-          f"a recording in {reference}: {names}")
+          f"a recording in {reference}: {names}" + f"; {rows.count(None)} rows are not whole"
+          * (None in rows))
     return found
 
 
@@ -197,8 +211,10 @@ def generate(prompts, out, args, system):
         out.mkdir(parents=True, exist_ok=True)
         for name, wav in zip(names, wavs):
             write_wav(out / name, wav, RATE, "PCM_16")
-            clips[name] = prompts[name]
-        replace_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        with data.locked(path):                         # another process may make others of them
+            clips |= read_json(path)["clips"] if path.exists() else {}
+            clips |= {name: prompts[name] for name in names}
+            replace_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return about
 
 
@@ -209,7 +225,8 @@ def audiocaps(args):
         require(args.which < len(found), f"{args.captions}: {name} has fewer than {args.which + 1} "
                 "captions; lower --which")
     prompts = {name: found[args.which] for name, found in captions.items()}
-    system, networks, clips = open_system(args), load_networks(args), args.out / "clips"
+    system = open_system(args, prompts=prompts.values())
+    networks, clips = load_networks(args), args.out / "clips"
     about = generate(prompts, clips, args, system)
     report(clips, args.reference, args, networks, prompts, system=about)
 
@@ -228,7 +245,8 @@ def crop(source, target, args):
 def clotho(args):
     """Table III: the same with random crops, each with the caption that CLAP finds closest."""
     captions, files = read_clips(args.captions, args.reference), recordings(args.reference)
-    system, networks = open_system(args), load_networks(args)
+    every = [caption for clip in captions.values() for caption in clip]
+    system, networks = open_system(args, prompts=every), load_networks(args)
     clips, crops = args.out / "clips", args.out / "reference"
     (_, clap, _), prompts = networks, {}
     crops.mkdir(parents=True, exist_ok=True)
@@ -253,7 +271,7 @@ def parse_args(argv=None):
             add("files", nargs="+", help="scores.json files")
             break
         add("--reference", type=Path, required=True, help="folder of recordings (wav, flac, ...)")
-        add("--weights", type=Path, default=Path.home() / ".cache/swiftaudio",
+        add("--weights", type=Path, default=Path(os.path.expanduser("~/.cache/swiftaudio")),
             help="folder of CNN14, for FD, KL and IS, and VGGish, for FAD")
         add("--download", action="store_true", help="download them")
         add("--clap", default="laion/clap-htsat-unfused" if command is clotho else None,

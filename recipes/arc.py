@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add_clips(add)
     train.add_run(add)
     p.set_defaults(out_dir="out_arc")
-    args = train.parse_run(p, argv)
+    args = train.parse_run(p, argv, "arc")
     require(args.batch_size > 1 or not args.contrast, "--batch_size 1: has no other caption to "
             "contrast with; give it 2 or more, or --contrast 0")
     return args
@@ -80,8 +80,8 @@ def main(argv=None):
     args = parse_args(argv)
     run = train.start(args)
     device, alpha, sigma = run.device, run.alpha, run.sigma
-    run.config["recipe"] = "arc"
-    run.config["captions a forward pass"] = args.batch_size     # "another caption" is one of them
+    run.identity["recipe"] = "arc"
+    run.identity["captions a forward pass"] = args.batch_size   # "another caption" is one of them
     require(args.d_t_min < args.d_t_max <= len(alpha), f"--d_t_min {args.d_t_min} must be below "
             f"--d_t_max {args.d_t_max}, and that at most {len(alpha)}")
 
@@ -93,23 +93,21 @@ def main(argv=None):
     rates = {"student": args.lr, "d": args.d_lr}
     opts = {name: train.adamw(args, weights[name], rates[name]) for name in rates}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
-    train.resume(run, weights, opts)
+    run.resume(weights, opts)
     nets = train.prepare(run, {"student": run.student})
     if args.checkpointing:
         D.unet.enable_gradient_checkpointing()
     nets["d"] = scores = train.DDP(D) if run.ranks > 1 else D   # goes back twice: not compiled
-    eps, clips = denoiser(nets["student"], run.amp), teacher_clips(run, args)
+    eps, clips = denoiser(nets["student"], run.amp), teacher_clips(run, args, run.unet)
+    del run.unet                                        # 1.7 GB at full size
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log = train.Log(run)
-    bar = train.steps_left(run, log, "arc")
-    for step in bar:
+    for step in run.steps("arc", "arc", "d_right", "x0_std"):
         for name, opt in opts.items():
             opt.param_groups[0]["lr"] = rates[name] * train.learning_rate(step, args)
             opt.zero_grad()
         for micro in range(args.grad_accum):
-            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
-            numbers = range(first, first + args.batch_size)
+            numbers = run.numbers(step, micro)
             z_T = draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)[0].to(device)
             noises, t = (x.to(device) for x in draw_more(
                 numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
@@ -136,20 +134,16 @@ def main(argv=None):
             to_x0, = torch.autograd.grad(arc.sum(), fake, retain_graph=True)
             (d.mean() / args.grad_accum).backward(inputs=weights["d"])
             ((x0 * to_x0).flatten(1).sum(1).mean() / args.grad_accum).backward()
-            log.add("arc", arc)
-            log.add("d", d)
-            log.add("d_right", (real > made).float().mean(1))
-            log.add("x0_std", x0.std((1, 2, 3)))
+            run.log(arc=arc, d=d, d_right=(real > made).float().mean(1),
+                        x0_std=x0.std((1, 2, 3)))
 
         for name, opt in opts.items():
             norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
-            log.add(f"grad_{name}", norm)
+            run.log(**{f"grad_{name}": norm})
             if name == "d" or step >= args.d_first:
                 opt.step()
         train.average(weights, args.ema, step)
-        if code := train.end_step(run, step + 1, log, bar, "arc", "d_right", "x0_std"):
-            return code
-    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+    return run.end()
 
 
 if __name__ == "__main__":

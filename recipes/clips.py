@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
-from data import InputError, caption_at, number, replace_file, require
+from data import InputError, caption_at, locked, number, replace_file, require
 from losses import guided
 from model import cause, denoiser, many_steps
 
@@ -44,14 +44,14 @@ def read_clips(path, about, shape):
 
 
 @torch.no_grad()
-def teacher_clips(run, args):
+def teacher_clips(run, args, unet):
     """Make latents (--clips, C, h, w) in fp16 by the guided teacher: clip n is of caption_at(n).
 
-    --cache keeps them; where it holds fewer, it goes on. Lets go of run.unet, 1.7 GB at full size.
+    unet: the teacher's. --cache keeps the clips; where it holds fewer, this goes on.
     """
     path, seed, cut = Path(args.cache or run.out / "clips.safetensors"), args.seed, args.batch_size
     require(args.clips >= cut, f"--clips {args.clips}: fewer than a batch, --batch_size {cut}")
-    about = {key: run.config[key] for key in (
+    about = {key: (run.flags | run.identity)[key] for key in (
         "teacher's weights", "text encoder's weights", "alpha_T", "captions' text", "guidance",
         "clip_steps", "seed")}
     about["latents"] = list(run.shape)
@@ -61,7 +61,7 @@ def teacher_clips(run, args):
         clips = read_clips(path, about, run.shape)
     # from T itself: 10 "leading" steps, as Auffusion's scheduler takes them, start at t = 901
     scheduler = type(run.scheduler).from_config(run.scheduler.config, timestep_spacing="trailing")
-    eps, run.unet = guided(denoiser(run.unet, run.amp), run.null, args.guidance), None
+    eps = guided(denoiser(unet, run.amp), run.null, args.guidance)
     todo = range(len(clips), args.clips, cut)
     for first in tqdm(todo, "the teacher's clips", disable=not todo):
         numbers = range(first, min(first + cut, args.clips))
@@ -74,8 +74,10 @@ def teacher_clips(run, args):
         clips = torch.cat([clips, x0])
         if len(clips) % 128 < cut or len(clips) == args.clips:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, lambda tmp: save_file({"clips": clips}, tmp,
-                                                     {"about": json.dumps(about)}))
+            with locked(path):                          # another run may use this --cache
+                if len(read_clips(path, about, run.shape)) < len(clips):
+                    content = save({"clips": clips}, {"about": json.dumps(about)})
+                    replace_file(path, lambda tmp: tmp.write_bytes(content))
     return clips[:args.clips]
 
 

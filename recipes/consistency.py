@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add_clips(add)
     train.add_run(add)
     p.set_defaults(out_dir="out_consistency", ema=0.95)
-    return train.parse_run(p, argv)
+    return train.parse_run(p, argv, "consistency")
 
 
 def consistency_function(eps, x, t, text, alpha, sigma):
@@ -62,7 +62,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = train.start(args)
     device, alpha, sigma, T = run.device, run.alpha, run.sigma, run.T
-    run.config["recipe"] = "consistency"
+    run.identity["recipe"] = "consistency"
     require(args.student_t in (None, T), f"--student_t {args.student_t}: consistency is learned up "
             f"to T, where noise has no clip in it; pass --student_t {T}")
     require(args.ode_steps <= T // 2, f"--ode_steps {args.ode_steps}: at most {T // 2}, as this "
@@ -75,20 +75,18 @@ def main(argv=None):
     target = copy.deepcopy(run.student).requires_grad_(False)
     weights["ema"] = list(target.parameters())
     opt = train.adamw(args, weights["student"], args.lr)
-    train.resume(run, weights, {"student": opt})
+    run.resume(weights, {"student": opt})
     net = train.prepare(run, {"student": run.student})["student"]
     student_eps, target_eps, teacher_eps = (denoiser(n, run.amp) for n in (net, target, teacher))
-    teacher_eps, clips = guided(teacher_eps, run.null, args.guidance), teacher_clips(run, args)
+    teacher_eps = guided(teacher_eps, run.null, args.guidance)
+    clips = teacher_clips(run, args, teacher)
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log = train.Log(run)
-    bar = train.steps_left(run, log, "consistency")
-    for step in bar:
+    for step in run.steps("consistency", "consistency", "x0_std"):
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
         opt.zero_grad()
         for micro in range(args.grad_accum):
-            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
-            numbers = range(first, first + args.batch_size)
+            numbers = run.numbers(step, micro)
             noises, i = (x.to(device) for x in draw_more(
                 numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
             y, text = clips_of(numbers, run, args, clips)
@@ -100,16 +98,13 @@ def main(argv=None):
             loss, x0 = consistency_loss(student_eps, target_eps, teacher_eps, x, t, s, text, alpha,
                                         sigma, args.loss)
             (loss.mean() / args.grad_accum).backward()
-            log.add("consistency", loss)
-            log.add("x0_std", x0.std((1, 2, 3)))
+            run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
 
         norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
-        log.add("grad_student", norm)
+        run.log(grad_student=norm)
         opt.step()
         train.average(weights, args.ema, step)          # --ema 0: the target is the student itself
-        if code := train.end_step(run, step + 1, log, bar, "consistency", "x0_std"):
-            return code
-    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+    return run.end()
 
 
 if __name__ == "__main__":

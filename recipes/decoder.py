@@ -6,19 +6,19 @@ Captions are enough here too: the student makes latents, the teacher's VAE decod
 diffusers AutoencoderTiny learns to make the same picture. The same command again resumes. Writes
 to decoder/ in the student's folder: what diffusers reads, checkpoint.pt and metrics.jsonl.
 """
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 import data
 import model
 import train
-from data import InputError, Parser, caption_at, cli, number, replace_file, require
+from data import InputError, Parser, caption_at, cli, number, replace_file, replace_text, require
 from extras.metrics import blocks
 from losses import one_step
 
@@ -38,8 +38,9 @@ def parse_args(argv=None):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--device", help="cuda, mps or cpu; default: the first there is")
-    p.set_defaults(warmup=50, decay=True)
+    p.set_defaults(warmup=50, decay=True, grad_accum=1, keep_every=0, log_every=10)
     args = p.parse_args(argv)
+    args.defaults = {name: p.get_default(name) for name in vars(args)}
     require(args.clips >= args.batch_size,
             f"--clips {args.clips}: fewer than a batch, --batch_size {args.batch_size}")
     return args
@@ -70,10 +71,22 @@ def decoder_loss(image, target, weight=0.1):
     return F.l1_loss(image, target.expand_as(image)) + weight * of_blocks
 
 
+class DecoderRun(train.Run):
+    """train.py's run: the same checkpoint, log, signals and lock, but another result."""
+
+    def save_result(self, step):
+        state = {name: w.contiguous() for name, w in self.network.state_dict().items()}
+        config = json.loads(self.network.to_json_string()) | {"_name_or_path": None}
+        replace_file(self.out / "diffusion_pytorch_model.safetensors",
+                     lambda path: path.write_bytes(save(state, {"format": "pt"})))
+        replace_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
 @torch.no_grad()
 def make_pairs(args, run, unet, vae):
     """Make latents (--clips, C, h, w) and the VAE's pictures (--clips, 1, mels, frames): fp16."""
     encode_text, pairs = model.TextEncoder(run.home).to(run.device), []
+    model.check_fit(run.home, unet, encode_text)
     shape = model.latent_shape(run.home, run.about.get("seconds"))
     alpha, sigma = model.noise_schedule(model.load_scheduler(run.home), run.device)
     for first in tqdm(range(0, args.clips, args.batch_size), "the student's clips"):
@@ -88,78 +101,62 @@ def make_pairs(args, run, unet, vae):
     return [torch.cat(column) for column in zip(*pairs)]
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def start(args):
+    """Load the student, its VAE and the decoder to train: (a DecoderRun, UNet, VAE)."""
     require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
             f"{args.student}: must be a folder here, as decoder/ is written to it")
     folder, part, about = model.open_student(args.student)
-    out, device = folder / "decoder", model.pick_device(args.device)
+    run = DecoderRun(args, folder / "decoder")
+    run.device, run.about = model.pick_device(args.device), about
     flags = {} if args.captions else about.get("flags", {})
     path, column = (getattr(args, key) or flags.get(key) for key in ("captions", "caption_column"))
-    require(path, "--captions FILE is needed: this student does not record its own")
-    captions, _ = data.read_captions(path, column, flags.get("max_captions"))
-    require((out / "checkpoint.pt").exists() or not (out / "config.json").exists(),
-            f"{out}: holds a decoder but no checkpoint to resume from; remove {out}")
+    require(path and not path.startswith("./"), "--captions FILE is needed: this student does not "
+            "say where its own are")
+    run.captions, n = data.read_captions(path, column, flags.get("max_captions"))
+    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
 
-    home = model.find(about.get("teacher", args.student), [*model.TO_TRAIN, "vae/*"],
-                      skip=["unet/diffusion*"])
-    unet = model.load_unet(folder, part, fits=home).to(device)
+    run.home = home = model.find(about.get("teacher", args.student), [*model.TO_TRAIN, "vae/*"],
+                                 skip=["unet/diffusion*"])
+    unet = model.load_unet(folder, part).to(run.device)
     vae = model.load_part(home, "vae", model.pretrained(AutoencoderKL))
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(run.device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    network = (model.load_part(model.find(args.init, model.STUDENT), "", model.pretrained(
-        AutoencoderTiny)) if args.init else new_decoder(model.read_settings(home)))
-    network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    run.network = network = (model.load_part(
+        model.find(args.init, model.STUDENT), "", model.pretrained(AutoencoderTiny))
+        if args.init else new_decoder(model.read_settings(home)))
+    network.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
     theirs = len(vae.config.block_out_channels), vae.config.latent_channels
     ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
     require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
             f"{home}: levels and channels of latents are {ours}, not {theirs}")
+    run.identity |= {"recipe": "decoder", "student's weights": train.fingerprint(unet),
+                     "first decoder's weights": train.fingerprint(network),
+                     "captions' text": train.digest("\n".join(run.captions).encode()),
+                     "captions a step": args.batch_size}
+    return run, unet, vae
 
-    # ---- one network, with train.py's checkpoint and log ---------------------------------------
-    config = {**vars(args), "captions a step": args.batch_size,
-              "student": train.fingerprint(unet), "starting decoder": train.fingerprint(network),
-              "captions' text": train.digest("\n".join(captions).encode())}
-    run = SimpleNamespace(out=out, config=config, captions=captions, home=home, rank=0,
-                          about=about, ranks=1, device=device, first_step=0, lines=[])
-    decoder, scale = network.decoder.requires_grad_(True), network.config.scaling_factor
-    weights = {"decoder": list(decoder.parameters())}
-    opt = torch.optim.Adam(weights["decoder"], args.lr, betas=(0.9, 0.99))
-    train.resume(run, weights, {"decoder": opt}, f"remove {out}")
-    log = train.Log(run)
 
-    def save(step):
-        replace_file(out / "checkpoint.pt", lambda path: torch.save({
-            "step": step, "config": config, "lines": log.lines, "weights": weights,
-            "opts": {"decoder": opt.state_dict()}}, path))
-        state = {name: w.contiguous() for name, w in network.state_dict().items()}
-        replace_file(out / "diffusion_pytorch_model.safetensors",
-                     lambda path: save_file(state, path, {"format": "pt"}))
-        data.replace_text(out / "config.json", network.to_json_string())
-
-    if run.first_step >= args.max_steps:        # finished, but perhaps killed between two files
-        return save(run.first_step)
-    x0, images = make_pairs(args, run, unet, vae)
+def main(argv=None):
+    args = parse_args(argv)
+    run, unet, vae = start(args)
+    decoder, scale = run.network.decoder.requires_grad_(True), run.network.config.scaling_factor
+    weights = list(decoder.parameters())
+    opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
+    run.resume({"decoder": weights}, {"decoder": opt}, "config.json")
+    if run.first_step < args.max_steps:
+        x0, images = make_pairs(args, run, unet, vae)
     del unet, vae                               # at full size 4 GB
-    bar = tqdm(range(run.first_step, args.max_steps), initial=run.first_step, total=args.max_steps,
-               desc="decoder")
-    for step in bar:
+
+    for step in run.steps("decoder", "loss"):
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
-        rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
-        z, target = x0[rows].to(device).float(), images[rows].to(device).float()
+        rows = [caption_at(range(args.clips), args.seed, n) for n in run.numbers(step, 0)]
+        z, target = x0[rows].to(run.device).float(), images[rows].to(run.device).float()
         loss = decoder_loss(decoder(z / scale), target)
         opt.zero_grad()
         loss.backward()
-        log.add("loss", loss)
-        log.add("grad", torch.nn.utils.clip_grad_norm_(weights["decoder"], float("inf")))
+        run.log(loss=loss, grad=torch.nn.utils.clip_grad_norm_(weights, float("inf")))
         opt.step()
-        done = step + 1
-        due = done == args.max_steps or done % args.save_every == 0
-        if due or done % 10 == 0:
-            bar.set_postfix(loss=f"{log.write(done)['loss']:.3g}")
-        if due:
-            save(done)
-    print(f"hear it: python sample.py --student {args.student} --decoder fast --prompt \"...\"")
+    return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
 
 
 if __name__ == "__main__":

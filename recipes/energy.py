@@ -26,7 +26,7 @@ def parse_args(argv=None):
     add_clips(add)
     train.add_run(add)
     p.set_defaults(out_dir="out_energy")
-    return train.parse_run(p, argv)
+    return train.parse_run(p, argv, "energy")
 
 
 def energy_loss(x, y, width=4):
@@ -48,7 +48,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = train.start(args)
     device, alpha, sigma = run.device, run.alpha, run.sigma
-    run.config["recipe"] = "energy"
+    run.identity["recipe"] = "energy"
     require(run.shape[-1] % args.patch == 0, f"--patch {args.patch}: the latents' {run.shape[-1]} "
             "columns are not a multiple of it")
 
@@ -56,19 +56,17 @@ def main(argv=None):
     weights = {"student": list(run.student.parameters())}
     opt = train.adamw(args, weights["student"], args.lr)
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
-    train.resume(run, weights, {"student": opt})
+    run.resume(weights, {"student": opt})
     net = train.prepare(run, {"student": run.student})["student"]
-    eps, clips = denoiser(net, run.amp), teacher_clips(run, args)
+    eps, clips = denoiser(net, run.amp), teacher_clips(run, args, run.unet)
+    del run.unet                                        # 1.7 GB at full size
 
     # ---- the loop, as in train.py --------------------------------------------------------------
-    log = train.Log(run)
-    bar = train.steps_left(run, log, "energy")
-    for step in bar:
+    for step in run.steps("energy", "energy", "x0_std"):
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
         opt.zero_grad()
         for micro in range(args.grad_accum):
-            first = ((step * args.grad_accum + micro) * run.ranks + run.rank) * args.batch_size
-            numbers = range(first, first + args.batch_size)
+            numbers = run.numbers(step, micro)
             z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
             y, text = clips_of(numbers, run, args, clips)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
@@ -78,16 +76,13 @@ def main(argv=None):
                          args.student_t).unflatten(0, (args.samples, -1))
             energy = energy_loss(x, y, args.patch)
             (energy.mean() / args.grad_accum).backward()
-            log.add("energy", energy)
-            log.add("x0_std", x[0].std((1, 2, 3)))
+            run.log(energy=energy, x0_std=x[0].std((1, 2, 3)))
 
         norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
-        log.add("grad_student", norm)
+        run.log(grad_student=norm)
         opt.step()
         train.average(weights, args.ema, step)
-        if code := train.end_step(run, step + 1, log, bar, "energy", "x0_std"):
-            return code
-    run.say(f"hear it: python sample.py --student {run.out / 'student'} --prompt \"...\"")
+    return run.end()
 
 
 if __name__ == "__main__":
