@@ -147,7 +147,8 @@ def read_clips(path, reference):
         """The recording of this name as it is, in its normal form, or of this clip of AudioSet."""
         for stem in (value, Path(value).stem, normal(value), Path(normal(value)).stem):
             name, start = audioset(stem)
-            fits = [s for s, at in by_id.get(name, {}).items() if at == start or None in (at, start)]
+            starts = by_id.get(name, {})
+            fits = [s for s, at in starts.items() if at == start or None in (at, start)]
             if stem in real or stem in plain or len(fits) == 1:
                 return stem if stem in real else plain.get(stem) or fits[0]
         return None
@@ -183,7 +184,8 @@ def files_of(system, args):
     folders = unet, Path(system.about.get("decoder", unet))
     tops = [p for folder in folders for pattern in STUDENT[:3] for p in folder.glob(pattern)]
     tops += [p for pattern in TO_HEAR for p in system.folder.glob(pattern) if pattern != "unet/*"]
-    return sorted({p for top in tops for p in (top, *top.rglob("*")) if p.is_file()})
+    return sorted({p for top in tops for p in (top, *top.rglob("*"))
+                   if p.is_file() and not p.name.startswith(".")})      # such as .DS_Store
 
 
 def write_wav(path, *sound):
