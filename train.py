@@ -107,7 +107,8 @@ def main(argv=None):
     # Two networks: the student, and a frozen UNet with adapters.
     torch.manual_seed(args.seed)
     adapters = inject(run.unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-    load_adapters(run)
+    if args.init:
+        load_adapters(run)
     weights = {"student": list(run.student.parameters()), "lora": adapters}
     rates = {"student": args.lr, "lora": args.lora_lr}
     opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
@@ -268,7 +269,7 @@ def load_adapters(run):
     if home.name == "student" and (home.parent / "lora").is_dir():
         model.load_part(home.parent, "lora", lambda path: load_lora_state(
             run.unet, load_file(path / "adapter_model.safetensors")))
-    elif run.args.init:
+    else:
         run.say(f"{run.args.init}: has no LoRA teacher beside it; that starts anew")
 
 
@@ -326,7 +327,6 @@ class Run:
 
     def __init__(self, args, out):
         self.args, self.out, self.first_step, self.code = args, Path(out), 0, 0
-        self.flags = {name: value for name, value in vars(args).items() if name != "defaults"}
         self.identity, self.lines, self.locked = {"recipe": None}, [], contextlib.ExitStack()
         given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
         require(given == 3 * [None] or all(n and n.isdigit() for n in given), "RANK, WORLD_SIZE, "
@@ -346,6 +346,7 @@ class Run:
         result: what save_result() writes there. A flag that a checkpoint lacks had its default.
         """
         self.weights, self.opts, path = weights, opts, self.out / "checkpoint.pt"
+        self.flags = {k: v for k, v in vars(self.args).items() if k != "defaults"}
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.locked.enter_context(data.locked(self.out / "run", wait=False))
@@ -377,6 +378,8 @@ class Run:
             require(len(set(steps)) == 1, f"{self.out}: the processes would start at steps "
                     f"{steps}; pass an --out_dir that all of them see")
         self.means, self.logged, self.time = {}, self.first_step, time.time()
+        self.say(f"{json.dumps(self.flags | self.identity)}\n{self.device.type}, latents "
+                 f"{self.shape}, from step {self.first_step}")
         if self.rank == 0:                              # lines after the checkpoint are dropped
             data.replace_text(self.out / "metrics.jsonl", "".join(map(json_line, self.lines)))
 

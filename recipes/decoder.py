@@ -87,11 +87,10 @@ def make_pairs(args, run, unet, vae):
     """Make latents (--clips, C, h, w) and the VAE's pictures (--clips, 1, mels, frames): fp16."""
     encode_text, pairs = model.TextEncoder(run.home).to(run.device), []
     model.check_fit(run.home, unet, encode_text)
-    shape = model.latent_shape(run.home, run.about.get("seconds"))
     alpha, sigma = model.noise_schedule(model.load_scheduler(run.home), run.device)
     for first in tqdm(range(0, args.clips, args.batch_size), "the student's clips"):
         numbers = range(first, min(first + args.batch_size, args.clips))
-        z_T = data.draw_batch(numbers, args.seed, shape, 0, 1, len(alpha) - 1)[0].to(run.device)
+        z_T = data.draw_batch(numbers, args.seed, run.shape, 0, 1, len(alpha) - 1)[0].to(run.device)
         text = encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
         x0 = one_step(model.denoiser(unet), z_T, text, alpha, sigma, run.about.get("timestep"))
         x0 = x0.half()
@@ -129,6 +128,7 @@ def start(args):
     ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
     require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
             f"{home}: levels and channels of latents are {ours}, not {theirs}")
+    run.shape = model.latent_shape(home, about.get("seconds"))
     run.identity |= {"recipe": "decoder", "student's weights": train.fingerprint(unet),
                      "first decoder's weights": train.fingerprint(network),
                      "captions' text": train.digest("\n".join(run.captions).encode()),
