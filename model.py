@@ -83,10 +83,8 @@ def open_student(name):
     if "teacher" not in about:
         return folder, "unet", {}
     paths = read_json(beside) if beside.exists() else {}
-    about["teacher"] = paths.get(about["teacher"], about["teacher"])
-    captions = about.get("flags", {}).get("captions")
-    if captions in paths:
-        about["flags"]["captions"] = paths[captions]
+    for values, key in ((about, "teacher"), (about.get("flags", {}), "captions")):
+        values[key] = paths.get(values.get(key), values.get(key))
     return folder, "", about
 
 
