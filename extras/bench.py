@@ -4,19 +4,18 @@
     python -m extras.bench train                            # an optimizer step, the paper's setting
     python -m extras.bench train --size full --compile      # Auffusion's size: a GPU
 
-The full-size model has random weights, on which speed does not depend. "Of peak" is the arithmetic
-of plain fp32 over the time, as a share of what a large matrix product reaches, in bf16 if it can.
+The paper's setting is train.py's defaults, at both sizes: the tiny teacher's own has fewer passes
+and more adapters. The full-size model has random weights, on which speed does not depend.
 """
 import gc
 import tempfile
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 import model
+import train
 from data import Parser, cli, draw_batch, number, require
 from extras.fast import fold_upsampling
 from extras.random_teacher import FULL, write_teacher
@@ -26,26 +25,13 @@ from model import TINY, System, denoiser, load_unet, noise_schedule
 
 PLAIN, OURS = "plain fp32", "ours"
 WHOLE, STEP = "text to waveform", "optimizer step"
+# train.py's defaults: a folder that is no teacher has no setting of its own to replace them
+PAPER = train.parse_args(["--teacher", str(Path(__file__).parent), "--captions", "none.csv"])
 
 
 def clock(f, runs):
     """Seconds that a call of f takes, the mean of `runs` calls after two of warm-up."""
     return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(runs).mean
-
-
-def peak(device, dtype):
-    """Measure the TFLOP/s of a large square matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2e-12 * n**3 / clock(lambda: a @ a, 10)
-
-
-def flops(f):
-    """Count the TFLOP of a call of f."""
-    # The counter does not know the CPU's fused attention, so attention is written out for it.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        f()
-    return counter.get_total_flops() / 1e12
 
 
 def sampler(kind, folder, device, batch, args):
@@ -74,17 +60,19 @@ def sampler(kind, folder, device, batch, args):
 
 def trainer(kind, folder, device, batch, args):
     """Return {STEP: train.py's loop in the paper's setting, less log, resuming, processes}."""
+    lora_guidance = PAPER.guidance if PAPER.lora_guidance is None else PAPER.lora_guidance
     half = device.type == "cuda" and kind == OURS
     amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
     student, unet = nets = [load_unet(folder).to(device) for _ in range(2)]
     student.requires_grad_(True)
     unet.to(torch.bfloat16 if half else torch.float32)
-    weights = list(student.parameters()), inject(unet)
-    opts = [torch.optim.AdamW(w, lr, fused=half) for w, lr in zip(weights, (1e-5, 1e-3))]
+    adapters = inject(unet, PAPER.lora_targets, PAPER.lora_rank, PAPER.lora_alpha)
+    opts = [torch.optim.AdamW(student.parameters(), PAPER.lr, fused=half),
+            torch.optim.AdamW(adapters, PAPER.lora_lr, fused=half)]
     for net in nets:
         if kind == PLAIN:
             net.to(memory_format=torch.contiguous_format)
-        elif args.checkpointing:            # what is done twice is not counted
+        elif args.checkpointing:
             net.enable_gradient_checkpointing()
     if args.compile and kind == OURS:
         nets = [torch.compile(net) for net in nets]
@@ -101,22 +89,23 @@ def trainer(kind, folder, device, batch, args):
         for opt in opts:
             opt.zero_grad()
         z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
-            range(batch), 0, shape, 20, 981, len(alpha) - 1))
+            range(batch), 0, shape, PAPER.t_min, PAPER.t_max, len(alpha) - 1))
         text = encode_text(["a dog barks"] * batch)
-        x0 = one_step(student_eps, z_T, text, alpha, sigma)
-        vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, 7.5),
-                       guided(lora_eps, null, 7.5), alpha, sigma)
-        (vsd + 0.05 * tv_loss(x0)).mean().backward()
-        text = torch.where((u < 0.1)[:, None, None], null, text)
-        lora_loss(x0, t_lora, eps_lora, text, lora_eps, alpha, sigma).mean().backward()
-        for opt, w in zip(opts, weights):
-            torch.nn.utils.clip_grad_norm_(w, 1.0)
+        x0 = one_step(student_eps, z_T, text, alpha, sigma, PAPER.student_t)
+        vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, PAPER.guidance),
+                       guided(lora_eps, null, lora_guidance), alpha, sigma)
+        (vsd + PAPER.tv_weight * tv_loss(x0, PAPER.tv)).mean().backward()
+        text = torch.where((u < PAPER.lora_drop)[:, None, None], null, text)
+        lora = lora_loss(x0, t_lora, eps_lora, text, lora_eps, alpha, sigma, PAPER.lora_weighting)
+        lora.mean().backward()
+        for opt in opts:
+            torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], PAPER.grad_clip)
             opt.step()
 
     return {STEP: step}
 
 
-def bench(kind, build, batch, runs, at_peak, plain):
+def bench(kind, build, batch, runs, plain):
     """Print a row for each of build(kind)'s functions, and a GPU's memory: {name: seconds}."""
     gc.collect()
     if gpu := torch.cuda.is_initialized():
@@ -124,11 +113,10 @@ def bench(kind, build, batch, runs, at_peak, plain):
         torch.cuda.reset_peak_memory_stats()
     found = {}
     try:
-        for name, f in build(kind, batch).items():
+        for name, f in build(kind).items():
             found[name] = t = clock(f, runs)
-            ratio = f"{plain[name] / t:.2f}x" if name in plain else "-"
-            print(f"{kind + ', ' + name:30s}{1e3 * t:10.1f}{batch / t:10.3g}"
-                  f"{batch * at_peak[name] / t:10.0%}{ratio:>10s}", flush=True)
+            row, ratio = f"{kind}, {name}", f"{plain[name] / t:.2f}x" if name in plain else "-"
+            print(f"{row:30s}{1e3 * t:10.1f}{batch / t:10.3g}{ratio:>10s}", flush=True)
     except torch.OutOfMemoryError:
         print(f"{kind}: {batch} at a time do not fit")
     if gpu:
@@ -141,7 +129,7 @@ def main(argv=None):
     add = p.add_argument
     add("what", choices=("sample", "train"))
     add("--size", choices=("tiny", "full"), default="tiny", help="the tiny world's, or Auffusion's")
-    add("--batch_size", type=positive, help="samples at a time; default: 1, of training 16")
+    add("--batch_size", type=positive, help="samples at a time; default: 1, in training 16")
     add("--runs", type=positive, default=3, help="timed calls, whose mean is printed")
     add("--compile", action="store_true", help="torch.compile, with CUDA graphs for sampling")
     add("--checkpointing", action="store_true", help="recompute activations in training")
@@ -149,23 +137,19 @@ def main(argv=None):
     args = p.parse_args(argv)
     device = model.pick_device(args.device, exact=True)     # or plain fp32 would be TF32
     training, full = args.what == "train", args.size == "full"
-    require(device.type == "cuda" or not (training and full), "train --size full: needs a CUDA "
-            f"GPU, this is {device.type}; what can be timed here is --size tiny")
-    batch, what = args.batch_size or (16 if training else 1), trainer if training else sampler
-    dtype = torch.bfloat16 if model.has_bf16(device) else torch.float32
-    best = peak(device, dtype)
+    require(device.type == "cuda" or not (training and full), "train --size full needs a CUDA GPU")
+    batch = args.batch_size or (PAPER.batch_size if training else 1)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; peak: "
-          f"{best:.3g} TFLOP/s in {dtype}\n{'':30s}{'ms':>10s}{'a second':>10s}{'of peak':>10s}"
-          f"{'faster':>10s}")
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+          f"{'':30s}{'ms':>10s}{'a second':>10s}{'faster':>10s}")
     with tempfile.TemporaryDirectory() as folder, torch.set_grad_enabled(training):
         home = write_teacher(Path(folder) / "full", **FULL) if full else TINY
-        build = lambda kind, batch: what(kind, home, device, batch, args)
-        at_peak = {name: flops(f) / best for name, f in build(PLAIN, 1).items()}      # seconds
-        plain = bench(PLAIN, build, batch, args.runs, at_peak, {})
-        ours = bench(OURS, build, batch, args.runs, at_peak, plain)
+        build = lambda kind: (trainer if training else sampler)(kind, home, device, batch, args)
+        plain = bench(PLAIN, build, batch, args.runs, {})
+        ours = bench(OURS, build, batch, args.runs, plain)
     if STEP in ours:
-        print(f"20,000 steps of 64 take {20000 * 64 / batch * ours[STEP] / 3600:.1f} h")
+        captions = PAPER.max_steps * PAPER.batch_size * PAPER.grad_accum
+        print(f"a run, {captions:,} captions, takes {captions / batch * ours[STEP] / 3600:.1f} h")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ FD, KL and IS are taken on PANNs CNN14, in the tiny world on a small classifier,
 paper's text swaps the two networks; its numbers, and the public evaluation code, have them so.
 """
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from data import InputError, require
 from extras.audio import read_audio
 from model import RATE, TINY, cause
 
-SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+OTHERS = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".aif", ".aiff", ".caf")  # sounds, not read
 CLASSIFIER = TINY.parent / "classifier.safetensors"
 
 
@@ -100,14 +102,16 @@ class VGGish(nn.Module):
 
 def load_network(kind, folder, download=False):
     """Load Cnn14 or VGGish from its published file, in eval mode; its sha256 is the file's."""
-    path, network = Path(folder) / kind.file, kind()
-    require(download or path.exists(), f"{path}: missing; get {kind.url} or pass --download")
+    path, network = Path(os.path.expanduser(folder)) / kind.file, kind()
+    elsewhere = f"get {kind.url} and pass its folder as --weights"
+    require(str(path)[0] != "~", f"{path}: there is no home folder; {elsewhere}")
+    require(download or path.exists(), f"{path}: missing; {elsewhere}, or pass --download")
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(kind.url, path)
     except OSError as e:
-        raise InputError(f"{kind.url}: cannot be downloaded ({e}); put it at {path} yourself")
+        raise InputError(f"{path}: cannot be downloaded ({e}); {elsewhere}")
     # PANNs' file holds counters of numpy 1, which a pickle names in either of two ways
     core = getattr(np, "_core", None) or np.core
     plain = [(f, f"numpy.{name}.multiarray.{f.__name__}") for name in ("core", "_core")
@@ -218,11 +222,14 @@ class Clap:
 
     def __init__(self, name, device):
         try:
-            self.model = ClapModel.from_pretrained(name).to(device).eval()
+            model, found = ClapModel.from_pretrained(name, output_loading_info=True)
             self.processor = ClapProcessor.from_pretrained(name)
         except Exception as e:                          # each kind of damage its own error
             raise InputError(f"--clap {name}: cannot be loaded ({cause(e)}); "
                              "download it elsewhere and pass its folder")
+        lost = [k for k in found["missing_keys"] if model.state_dict()[k].is_floating_point()]
+        require(not lost, f"--clap {name}: {len(lost)} weights are missing, {', '.join(lost[:2])}")
+        self.model = model.to(device).eval()
         weights = b"".join(w.detach().cpu().numpy().tobytes() for w in self.model.parameters())
         self.file, self.sha256 = str(name), hashlib.sha256(weights).hexdigest()
 
@@ -241,8 +248,15 @@ class Clap:
 # ---- folders -------------------------------------------------------------------------------------
 
 def recordings(folder):
-    """The sound files of a folder: {name without its ending: path}."""
-    return {p.stem: p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in SOUNDS}
+    """The sound files of a folder: {name without its ending: path}; InputError if it has none."""
+    files = sorted(Path(folder).glob("*"))
+    found = {p.stem: p for p in files if p.suffix.lower() in SOUNDS}
+    left = sorted({p.suffix for p in files if p.suffix.lower() in OTHERS})
+    read = f"only {', '.join(SOUNDS)} are read, and no subfolders"
+    require(found, f"{folder}: holds no sound file; {read}")
+    if left:
+        print(f"{folder}: {', '.join(left)} files are left out; {read}")
+    return found
 
 
 def pair(generated, reference, prompts=None):
@@ -251,8 +265,6 @@ def pair(generated, reference, prompts=None):
     prompts: {file name: text}; only these count. InputError where a file has no recording.
     """
     real, made = recordings(reference), recordings(generated)
-    for folder, files in ((generated, made), (reference, real)):
-        require(files, f"{folder}: holds no sound file")
     made = {p.name: p for p in made.values() if prompts is None or p.name in prompts}
     alone = [name for name, p in made.items() if p.stem not in real]
     require(not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner in "

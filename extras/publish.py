@@ -4,6 +4,7 @@
     python -m extras.publish tensorboard out        # events of the run's metrics.jsonl
 """
 import re
+import shlex
 from pathlib import Path
 
 from data import InputError, Parser, cli, read_json, read_rows, replace_text, require
@@ -23,6 +24,9 @@ one UNet pass.
 {decoder}- Metrics: {metrics}
 """
 
+# A path, or a flag's, of this machine: its folders are nobody's business, its last name stays.
+ABSOLUTE = re.compile(r"^(--\w+=)?(?:/|\w:[/\\]).*?([^/\\]*)[/\\]*$")
+
 
 def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
@@ -32,14 +36,14 @@ def write_card(folder, metrics=None):
     require(not card or "made with SwiftAudio" in card, f"{path}: would be replaced; move it away")
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
+    name = ABSOLUTE.sub(r"\1\2", about["teacher"])
+    words = shlex.split(about.get("command", "python train.py"))
     small = Path(folder, "decoder/config.json").exists()
-    name = about["teacher"]
-    name = Path(name).name if Path(name).is_absolute() else name
     licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
     replace_text(path, CARD.format(
         licence="mit" if name == "tiny" else licence, teacher=name, step=about["step"],
         base=f"base_model: {name}\n" if "/" in name else "",
-        command=about.get("command", "python train.py"),
+        command=shlex.join(ABSOLUTE.sub(r"\1\2", word) for word in words),
         decoder="- Small decoder: `--decoder fast`\n" if small else "",
         metrics=metrics or "not measured; see extras/eval.py"))
     return path

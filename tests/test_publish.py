@@ -3,6 +3,8 @@ import json
 import shlex
 import sys
 import types
+from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 from conftest import refused
@@ -17,98 +19,69 @@ def card(folder, **about):
     """The card's front matter {key: value} and its text, of a student of these facts."""
     facts = {"teacher": "tiny", "step": 480, "command": "python train.py --teacher tiny", **about}
     (folder / "swiftaudio.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
-    write_card(folder)
-    return read_card(folder)
+    return read_card(write_card(folder))
 
 
-def read_card(folder):
-    empty, front, text = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+def read_card(path):
+    empty, front, text = path.read_text("utf-8").split("---\n", 2)
     assert empty == ""
     return dict(line.split(": ", 1) for line in front.splitlines()), text
 
 
 @pytest.mark.parametrize("teacher, licence, base, name", [
     ("tiny", "mit", None, "tiny"),
-    ("auffusion/auffusion-full-no-adapter", "cc-by-nc-sa-4.0",
-     "auffusion/auffusion-full-no-adapter", "auffusion/auffusion-full-no-adapter"),
     ("someone/My-Auffusion-2", "cc-by-nc-sa-4.0", "someone/My-Auffusion-2",
      "someone/My-Auffusion-2"),
-    ("someone/model", "other", "someone/model", "someone/model"),
-    ("/home/me/models/auffusion-full", "cc-by-nc-sa-4.0", None, "auffusion-full"),
-    ("/home/auffusion/my-teacher", "other", None, "my-teacher")])
+    ("/home/auffusion/my-teacher/", "other", None, "my-teacher")])
 def test_licence_and_base_model(tmp_path, teacher, licence, base, name):
     front, text = card(tmp_path, teacher=teacher)
     expected = {"license": licence, "base_model": base, "pipeline_tag": "text-to-audio"}
     assert front == {k: v for k, v in expected.items() if v}
     assert f"text-to-audio student of {name}, made" in text
-    assert "/home" not in text                              # a folder of this machine says nothing
 
 
-def test_metrics_and_how_it_was_made(tmp_path):
-    _, text = card(tmp_path)
-    assert "`python train.py --teacher tiny`, 480 steps" in text
-    assert "Metrics: not measured" in text and "python sample.py --student" in text
-    write_card(tmp_path, metrics="FD 12.3 on 512 captions")
-    _, text = read_card(tmp_path)
-    assert "- Metrics: FD 12.3 on 512 captions\n" in text and "not measured" not in text
-
-
-def test_metrics_stay_until_the_student_goes_on(tmp_path):
-    card(tmp_path)
+def test_metrics_stay_until_the_student_goes_on_and_the_small_decoder_is_told(tmp_path):
+    text = card(tmp_path)[1]
+    assert "- Metrics: not measured" in text and "decoder" not in text
     write_card(tmp_path, metrics="FD 12.3")
-    assert "- Metrics: FD 12.3\n" in card(tmp_path, command="a new command")[1]
-    assert "Metrics: not measured" in card(tmp_path, step=960)[1]
-
-
-def test_the_small_decoder_and_letters_of_other_languages(tmp_path):
-    assert "decoder" not in card(tmp_path)[1]
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder/config.json").write_text("{}")
-    _, text = card(tmp_path, command="python train.py --captions 犬.csv")
-    assert "- Small decoder: `--decoder fast`\n" in text and "犬.csv" in text
+    text = card(tmp_path, command="a new command")[1]
+    assert "- Metrics: FD 12.3\n" in text and "- Small decoder: `--decoder fast`\n" in text
+    assert "- Metrics: not measured" in card(tmp_path, step=960)[1]
 
 
-def test_a_student_of_an_older_version_has_no_command(tmp_path):
-    (tmp_path / "swiftaudio.json").write_text(json.dumps({"teacher": "tiny", "step": 3}))
-    write_card(tmp_path)
-    assert "`python train.py`, 3 steps" in read_card(tmp_path)[1]
-
-
-def test_the_command_in_the_card_of_a_student_can_be_run_again(
+def test_the_command_of_a_run_without_this_machine_s_folders(
         plain, captions, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a folder"                             # so that the command needs quotes
     flags = ["--teacher", str(plain), "--captions", str(captions), "--out_dir", str(out),
-             "--max_steps", "1", "--batch_size", "2", "--grad_accum", "1", "--lora_rank", "2",
-             "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["/home/me/train.py", *flags])
+             "--max_steps", "1", "--batch_size", "2", "--grad_accum", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "train.py", *flags])     # or -m
-    train.main()
+    train.main(flags)
     capsys.readouterr()
     publish.main(["card", str(out / "student")])
     assert capsys.readouterr().out == f"{out / 'student/README.md'}\n"
-    front, text = read_card(out / "student")
-    assert front == {"license": "other", "pipeline_tag": "text-to-audio"}
+    _, text = read_card(out / "student/README.md")
     command = text.split("Trained: `")[1].split("`, 1 steps")[0]
-    program, script, *again = shlex.split(command)
-    assert (program, script, again) == ("python", "train.py", flags)
-    assert vars(train.parse_args(again)) == vars(train.parse_args(flags))
-    about = json.loads((out / "student/swiftaudio.json").read_text("utf-8"))
-    assert about["command"] == command
+    expected = [Path(word).name if "/" in word else word for word in flags]
+    assert shlex.split(command) == ["python", "train.py", *expected]
+    assert str(tmp_path) not in text
 
 
-def test_a_readme_that_somebody_wrote_is_not_replaced(tmp_path):
+def test_only_absolute_paths_are_cut(tmp_path):
+    words = "--captions=/data/犬.csv", "--out_dir", "out/x", "/home/me/a b/", "D:\\b.csv", "a/full"
+    text = card(tmp_path, command=shlex.join(["python", "train.py", *words]))[1]
+    told = "--captions=犬.csv", "--out_dir", "out/x", "a b", "b.csv", "a/full"
+    assert f"`{shlex.join(['python', 'train.py', *told])}`, 480 steps" in text
+
+
+def test_what_is_no_student_or_would_be_lost_is_named(tmp_path):
     (tmp_path / "README.md").write_bytes(b"hours of writing, \xff")
     with pytest.raises(InputError, match="README.md: would be replaced; move it away"):
         card(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"hours of writing, \xff"
-
-
-def test_what_is_no_student_is_named(tmp_path):
-    refused("extras.publish", "card", "nowhere", cwd=tmp_path, says=["nowhere/swiftaudio.json"])
     (tmp_path / "swiftaudio.json").write_text('{"seconds": 2.56}')      # a teacher's
     refused("extras.publish", "card", ".", cwd=tmp_path, says=["is no student of train.py"])
-    refused("extras.publish", "cart", ".", cwd=tmp_path, says=["invalid choice: 'cart'"])
-    assert [p.name for p in tmp_path.iterdir()] == ["swiftaudio.json"]
 
 
 # ---- TensorBoard --------------------------------------------------------------------------------
@@ -121,32 +94,18 @@ def metrics(tmp_path):
 
 
 def test_means_become_events(metrics, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-            self.add_scalar = lambda *scalar: written.append(scalar)
-            self.close = lambda: written.append("closed")
-
-    writer = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Mock(SummaryWriter=board))
     publish.main(["tensorboard", str(metrics)])
-    assert written == [(str(metrics), 0), ("vsd", 0.5, 10), ("vsd", 0.25, 20), "closed"]
+    assert board.mock_calls == [call(str(metrics), purge_step=0), call().add_scalar("vsd", 0.5, 10),
+                                call().add_scalar("vsd", 0.25, 20), call().close()]
 
 
-@pytest.mark.parametrize("error", [ImportError("no tensorboard"), TypeError("Descriptors\ncannot")])
-def test_a_missing_or_broken_tensorboard_is_one_line(metrics, monkeypatch, error):
+def test_a_broken_tensorboard_is_one_line(metrics, monkeypatch):
     class Broken(types.ModuleType):
         def __getattr__(self, name):
-            raise error
+            raise TypeError("Descriptors\ncannot")          # as of protobuf
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
     refused("extras.publish", "tensorboard", ".", cwd=metrics,
-            says=[type(error).__name__, "pip install tensorboard"])
-    assert [p.name for p in metrics.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_folder_without_metrics_is_named(tmp_path):
-    refused("extras.publish", "tensorboard", "out", cwd=tmp_path,
-            says=["out/metrics.jsonl: no such file"])
+            says=["TypeError", "pip install tensorboard"])
