@@ -251,7 +251,7 @@ def recordings(folder):
     """The sound files of a folder: {name without its ending: path}; InputError if it has none."""
     files = sorted(Path(folder).glob("*"))
     found = {p.stem: p for p in files if p.suffix.lower() in SOUNDS}
-    left = sorted({p.suffix for p in files if p.suffix.lower() in OTHERS})
+    left = sorted({p.suffix.lower() for p in files}.intersection(OTHERS))
     read = f"only {', '.join(SOUNDS)} are read, and no subfolders"
     require(found, f"{folder}: holds no sound file; {read}")
     if left:

@@ -1,7 +1,6 @@
 """From a mel to sound: HiFi-GAN against one written out, Griffin-Lim, and their precision."""
 import json
 import math
-import pickle
 
 import pytest
 import torch
@@ -101,25 +100,8 @@ def test_hifigan_equals_the_network_written_out(tmp_path, kernels):
     assert wav.shape == (2, 9 * math.prod(kernels["upsample_rates"]))
     torch.testing.assert_close(wav, expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 1e-2 and expected.abs().max() < 0.99            # not saturated
-
-
-def test_weight_norm_is_folded(tmp_path):
-    theirs, mine = write_generator(tmp_path), load_vocoder(tmp_path)
-    for name, layer in (("conv_pre", mine.conv_pre), ("ups.1", mine.upsampler[1]),
-                        ("resblocks.3.convs2.1", mine.resblocks[3].convs2[1])):
-        torch.testing.assert_close(layer.weight, theirs.get_submodule(name).weight)
-    assert not any("weight_" in name or "original" in name for name, _ in mine.named_parameters())
-
-
-def test_what_is_not_supported_is_one_line(broken):
-    path = broken / "vocoder/config.json"
-    path.write_text(json.dumps({**VOCODER, "upsample_rates": [5, 4, 4]}))
-    with pytest.raises(InputError, match="vocoder: cannot be loaded") as e:
-        Decoder(broken)
-    assert "\n" not in str(e.value)
-    path.write_text("{")
-    with pytest.raises(InputError, match="vocoder/config.json: is not JSON"):
-        Decoder(broken)
+    folded = mine.resblocks[0].convs2[1]                                    # no weight norm left
+    assert {name for name, _ in folded.named_parameters()} == {"weight", "bias"}
 
 
 class Bomb:
@@ -130,18 +112,10 @@ class Bomb:
 
 
 def test_a_vocoder_that_holds_code_is_not_run(broken):
-    path = broken / "vocoder/vocoder.pt"
-    contents = [pickle.dumps(Bomb()), b"not a pickle", b""]
-    torch.save({"generator": Bomb()}, path)
-    contents.append(path.read_bytes())
-    Bomb.went_off.clear()
-    for content in contents:
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="vocoder") as e:
-            Decoder(broken)
-        assert "\n" not in str(e.value)
-    assert "vocoder: cannot be loaded (UnpicklingError" in str(e.value)
-    assert not Bomb.went_off
+    torch.save({"generator": Bomb()}, broken / "vocoder/vocoder.pt")
+    with pytest.raises(InputError, match=r"vocoder: cannot be loaded \(UnpicklingError.*") as e:
+        Decoder(broken)
+    assert "\n" not in str(e.value) and not Bomb.went_off
 
 
 # ---- Griffin-Lim ------------------------------------------------------------------------------
@@ -163,15 +137,14 @@ def test_griffin_lim_returns_the_mel():
 # ---- precision --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32),
-                                             (torch.float16, torch.float16),
-                                             (torch.float32, torch.float32)])
+                                             (torch.float16, torch.float16)])
 def test_the_vocoder_s_precision(plain, monkeypatch, dtype, expected):
     """bf16 is too coarse for HiFi-GAN."""
     monkeypatch.setattr(model, "sampling_dtype", lambda device: dtype)
     system = load_student(plain, device="cpu")
-    assert {p.dtype for p in system.decoder.vae.parameters()} == {dtype}
-    assert {p.dtype for p in system.decoder.vocoder.parameters()} == {expected}
-    assert {p.dtype for p in system.encode_text.parameters()} == {torch.float32}
+    kinds = [{p.dtype for p in part.parameters()} for part in (
+        system.decoder.vae, system.decoder.vocoder, system.encode_text)]
+    assert kinds == [{dtype}, {expected}, {torch.float32}]
     wav = system.decoder.vocode(torch.zeros(1, 64, 8))
     assert wav.dtype == torch.float32 and wav.shape == (1, 8 * 160)
 
