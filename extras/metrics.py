@@ -248,14 +248,12 @@ class Clap:
 # ---- folders -------------------------------------------------------------------------------------
 
 def recordings(folder):
-    """The sound files of a folder: {name without its ending: path}; InputError if it has none."""
+    """The sound files of a folder: {name without its ending: path}. Prints what is not read."""
     files = sorted(Path(folder).glob("*"))
     found = {p.stem: p for p in files if p.suffix.lower() in SOUNDS}
-    left = sorted({p.suffix.lower() for p in files}.intersection(OTHERS))
-    read = f"only {', '.join(SOUNDS)} are read, and no subfolders"
-    require(found, f"{folder}: holds no sound file; {read}")
-    if left:
-        print(f"{folder}: {', '.join(left)} files are left out; {read}")
+    others = sorted({p.suffix.lower() for p in files}.intersection(OTHERS))
+    if others or not found:
+        print(f"{folder}: only {', '.join(SOUNDS)} are read; no {', '.join([*others, 'folders'])}")
     return found
 
 
@@ -265,6 +263,8 @@ def pair(generated, reference, prompts=None):
     prompts: {file name: text}; only these count. InputError where a file has no recording.
     """
     real, made = recordings(reference), recordings(generated)
+    for folder, files in ((generated, made), (reference, real)):
+        require(files, f"{folder}: holds no sound file")
     made = {p.name: p for p in made.values() if prompts is None or p.name in prompts}
     alone = [name for name, p in made.items() if p.stem not in real]
     require(not alone, f"{generated}: {len(alone)} of {len(made)} files have no partner in "

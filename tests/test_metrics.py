@@ -308,12 +308,14 @@ def test_folders_are_paired_by_name(tmp_path, capsys):
 
 
 def test_what_is_not_read_is_told(tmp_path, capsys):
-    folder = files(tmp_path / "some", "e.m4a", "f.M4A", "g.webm", "notes.txt")
-    read = "only .wav, .flac, .mp3, .ogg, .opus are read, and no subfolders"
-    with pytest.raises(InputError, match=f"some: holds no sound file; {read}"):
-        pair(folder, folder)
-    assert list(metrics.recordings(files(folder, "a.wav"))) == ["a"]
-    assert capsys.readouterr().out == f"{folder}: .m4a, .webm files are left out; {read}\n"
+    folder = files(tmp_path / "some", "a.wav", "e.m4a", "f.M4A", "g.webm", "notes.txt")
+    assert list(metrics.recordings(folder)) == ["a"]
+    read = "only .wav, .flac, .mp3, .ogg, .opus are read; no"
+    assert capsys.readouterr().out == f"{folder}: {read} .m4a, .webm, folders\n"
+    for pairs in ((folder, tmp_path / "none"), (tmp_path / "none", folder)):
+        with pytest.raises(InputError, match="none: holds no sound file"):
+            pair(*pairs)
+        assert f"none: {read} folders\n" in capsys.readouterr().out
 
 
 def write_clap(folder):
