@@ -17,6 +17,7 @@ from extras.publish import write_card
 def card(folder, **about):
     """The card's front matter {key: value} and its text, of a student of these facts."""
     facts = {"teacher": "tiny", "step": 480, "command": "python train.py --teacher tiny", **about}
+    facts = {key: value for key, value in facts.items() if value}
     (folder / "swiftaudio.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     return read_card(write_card(folder))
 
@@ -72,6 +73,7 @@ def test_only_absolute_paths_are_cut(tmp_path):
     text = card(tmp_path, command=shlex.join(["python", "train.py", *words]))[1]
     told = "--captions=犬.csv", "--out_dir", "out/x", "a b", "b.csv", "a/full"
     assert f"`{shlex.join(['python', 'train.py', *told])}`, 480 steps" in text
+    assert "`python train.py`, 480 steps" in card(tmp_path, command=None)[1]    # an older student
 
 
 def test_what_is_no_student_or_would_be_lost_is_named(tmp_path):
