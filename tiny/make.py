@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from data import Parser, cli, replace_file, replace_text
 from extras.audio import log_mel, mel_to_image
 from extras.metrics import Classifier, load_classifier
-from model import load_scheduler
+from model import load_scheduler, read_settings
 from recipes.decoder import decoder_loss, energy
 from tiny import score, world
 from tiny.score import HERE
@@ -254,7 +254,8 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
 def stage_baselines():
     """Write what scoring needs and no student changes: of all held-out lists."""
     classifier, heard, seeds = load_classifier(), [], [0, 1, 2]
-    content = {"N": 512, "noise_seeds": seeds, "render_seeds": {
+    t = read_settings(TEACHER)["train"]["student_t"]
+    content = {"N": 512, "noise_seeds": seeds, "student_t": t, "render_seeds": {
         "reference": score.REFERENCE, score.FLOOR_ROW: [score.FLOOR + seed for seed in seeds]}}
     lists = {name: score.held_out(512, name) for name in world.LISTS}
     for name, rows in lists.items():
@@ -267,7 +268,7 @@ def stage_baselines():
     replace_file(HERE / "reference.safetensors", lambda path: save_file(heard, path))
     for name, rows in lists.items():
         first = name == "first"                             # which results are reported by
-        table = score.baselines(rows, seeds if first else seeds[:1])
+        table = score.baselines(rows, seeds if first else seeds[:1], t)
         content["systems" if first else f"{name} list"] = table
         print(score.show(table, len(rows)))
     replace_text(HERE / "baselines.json", json.dumps(content, indent=2) + "\n")

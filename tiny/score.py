@@ -1,9 +1,9 @@
 """Score a tiny student on held-out captions: Fréchet distance (FD), KL and IS.
 
-    python -m tiny.score out/student                    # beside its teacher's rows, as shipped
+    python -m tiny.score out/student                    # beside the shipped rows
     python -m tiny.score out/student --list second      # to choose by; third: to confirm a choice
     python -m tiny.score out/student --kind unseen      # events that no training caption pairs
-    python -m tiny.score out/student --all              # the teacher's rows measured again
+    python -m tiny.score out/student --all              # those rows measured again
     python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
 
 A small classifier of the world's events plays the part of PANNs CNN14 in the paper's protocol: one
@@ -26,6 +26,7 @@ from extras.audio import log_mel
 from extras.fast import fold_upsampling
 from extras.metrics import frechet, load_classifier, scores
 from extras.publish import write_card
+from losses import one_step
 from model import LOG_MAX, LOG_MIN, TINY
 from sample import picture
 from tiny import world
@@ -35,6 +36,7 @@ HERE = TINY.parent
 DIGITS = {"FD": 1, "KL": 2, "IS": 1, "FD to teacher": 1}       # of each metric, as printed
 STEPS = 25                                      # of the teacher
 FLOOR_ROW, TEACHER_ROW = "real audio, rendered again", f"teacher, {STEPS} steps"
+BEFORE_ROW = "student before training"
 # Seeds of rendered audio. The floor, real audio scored like a system, has one for each noise seed.
 REFERENCE, FLOOR, DIVERSE = 1, 2, 3
 TEACHER_SEED = 100                              # of the noise of the teacher's reference clips
@@ -90,9 +92,17 @@ def load_teacher(steps, guidance=None):
     return system
 
 
-def teacher_systems():
-    """What a student is compared with: {name: System}."""
-    return {TEACHER_ROW: load_teacher(STEPS), "teacher, 1 step": load_teacher(1, guidance=1)}
+def load_untrained(t):
+    """Load what a student is before training: the teacher's UNet, unguided, one step at t."""
+    system = load_teacher(1, guidance=1)
+    alpha, sigma = model.noise_schedule(system.scheduler, system.device)
+    system.latents = lambda z_T, text: one_step(system.eps, z_T, text, alpha, sigma, t)
+    return system
+
+
+def compared(t):
+    """What a student whose one step is at t is compared with: {name: System}."""
+    return {TEACHER_ROW: load_teacher(STEPS), BEFORE_ROW: load_untrained(t)}
 
 
 def load_student(name, decoder="vae"):
@@ -156,16 +166,24 @@ def summary(found):
             "seeds": found}
 
 
-def baselines(rows, seeds):
-    """Measure everything that no student changes: {name: summary over the seeds}."""
-    found = beside_floor([teacher_systems()] * len(seeds), rows, seeds)
+def baselines(rows, seeds, t):
+    """Measure what a student whose step is at t is compared with: {name: summary of the seeds}."""
+    found = beside_floor([compared(t)] * len(seeds), rows, seeds)
     return {name: summary(of_seeds) for name, of_seeds in found.items()}
 
 
-def shipped_rows(name):
-    """baselines() of a whole held-out list, as shipped."""
+def shipped_rows(rows, name, t, seed):
+    """The baselines() of a whole held-out list as shipped; {} for some of its rows.
+
+    Of a student whose step is at another t, what it was before training is measured here.
+    """
+    if len(rows) < len(world.KINDS["all"]):
+        return {}
     shipped = read_json(HERE / "baselines.json")
-    return shipped["systems" if name == "first" else f"{name} list"]
+    table = shipped["systems" if name == "first" else f"{name} list"]
+    if t != shipped["student_t"]:
+        table |= measure({BEFORE_ROW: load_untrained(t)}, rows, seed)
+    return table
 
 
 def diversity(systems, rows, each=8, seed=0):
@@ -249,7 +267,7 @@ def parse_args(argv=None):
         help="captions whose two events training pairs (seen) or never does (unseen)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--all", action="store_true",
-                      help="measure the rows of real audio and the teacher again")
+                      help="measure the rows above the student's again")
     what.add_argument("--diversity", type=number(int, 2), metavar="K",
                       help="K clips of each of CLIPS / K captions: how far apart are they?")
     args = p.parse_args(argv)
@@ -261,15 +279,12 @@ def parse_args(argv=None):
 def report(args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
     folder, about, system = load_student(args.student)
-    student = {f"student after {about['step']} steps": system}
-    rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
-    others = {}
-    if args.all:
-        others = baselines(rows, [args.seed])
-    elif len(rows) == whole:
-        others = shipped_rows(args.list)
+    student, t = {f"student after {about['step']} steps": system}, about.get("timestep")
+    rows = held_out(args.clips, args.list, args.kind)
+    others = (baselines(rows, [args.seed], t) if args.all
+              else shipped_rows(rows, args.list, t, args.seed))
     table = {**others, **measure(student, rows, args.seed)}
-    image = sheet({**teacher_systems(), **student}, rows, args.seed)
+    image = sheet({**compared(t), **student}, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
     if len(rows) > 1 and others:
@@ -285,7 +300,7 @@ def report(args):
         print(show({"student, small decoder": row}, len(rows)).splitlines()[1])
         print(f"the small decoder's log-mels differ from the VAE's by {error:.3f} nepers")
     if not others:
-        print(f"The other rows are shipped for N = {whole}; --all measures them here.")
+        print(f"The other rows are shipped for N = {len(world.KINDS['all'])}; --all measures them.")
     out = folder.parent
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
