@@ -4,61 +4,61 @@
     python -m tiny.ablate levers --steps 200 --seeds 1      # one flag of the tiny default at a time
     python -m tiny.ablate objectives --list second third    # VSD and the recipes, at equal cost
     python -m tiny.ablate long --list second third          # the best of them, 3,000 steps
-    python -m tiny.ablate energy            # parts of the energy score; arc: of ARC
     python -m tiny.ablate queries --student out/student     # the teacher in 1 to 50 steps beside it
 
 Such tables choose things, so they are scored on the second held-out list; the third is to report a
 choice by. Students and scores stay under --out and are not made again. --steps is short by
 default: what is compared is the order, at equal cost.
 """
-import importlib
 import json
-import signal
 import sys
 from pathlib import Path
 
 import train
 from data import Parser, cli, number, read_json, replace_text, require
 from model import TINY, read_settings
+from recipes import arc, consistency, energy
 from tiny import score, world
 
-# name: flags that differ from the tiny default (tiny/teacher/swiftaudio.json), after the name of
-# a recipe if it is not train.py. Tables IV and V vary the paper's eq. 8, its step at T.
+# Flags in which tables IV and V differ from the tiny default (tiny/teacher/swiftaudio.json).
 EQ8, EQ1 = "--lora_weighting alpha2", "--student_t 999"
 PAPER = f"{EQ8} {EQ1}"
 
-
-def rows_of(base, changes):
-    """A table's rows: "default", base itself, and base with each of these flags, named by them."""
-    return {"default": base, **{flags: f"{base} {flags}" for flags in changes.split(", ")}}
-
-
+# table: {row: (the program that trains it, its flags)}
 TABLES = {
     "table4": {
-        "tiny default at T: eq. 8 weighted like v": EQ1,
-        "eq. 8 as in the paper, and below": PAPER,
-        "LoRA rank 2": f"{PAPER} --lora_rank 2 --lora_alpha 2",
-        "LoRA rank 64": f"{PAPER} --lora_rank 64 --lora_alpha 64",
-        "TV l1, 0.05": f"{PAPER} --tv l1 --tv_weight 0.05",
-        "TV l2, 0.05": f"{PAPER} --tv l2 --tv_weight 0.05",
-        "LoRA teacher guided too (the paper's)": f"{PAPER} --lora_guidance 2",
+        "tiny default at T: eq. 8 weighted like v": (train, EQ1),
+        "eq. 8 as in the paper, and below": (train, PAPER),
+        "LoRA rank 2": (train, f"{PAPER} --lora_rank 2 --lora_alpha 2"),
+        "LoRA rank 64": (train, f"{PAPER} --lora_rank 64 --lora_alpha 64"),
+        "TV l1, 0.05": (train, f"{PAPER} --tv l1 --tv_weight 0.05"),
+        "TV l2, 0.05": (train, f"{PAPER} --tv l2 --tv_weight 0.05"),
+        "LoRA teacher guided too (the paper's)": (train, f"{PAPER} --lora_guidance 2"),
     },
-    "table5": {f"{n} captions": f"{PAPER} --max_captions {n}" for n in (100, 500, 2000, 6000)},
-    "levers": rows_of("", f"{EQ1}, {EQ8}, --lora_targets linear, "
-                      "--lora_targets qv --lora_rank 64 --lora_alpha 128, --lora_lr 1e-3, "
-                      "--lora_lr 4e-3, --lr 1e-4, --lr 4e-4, --warmup 0, --guidance 1, "
-                      "--guidance 3, --beta1 0.9 --beta2 0.999, --ema 0, --t_min 200, --t_max 801, "
-                      "--lora_drop 0"),
+    "table5": {
+        f"{n} captions": (train, f"{PAPER} --max_captions {n}") for n in (100, 500, 2000, 6000)
+    },
+    "levers": {
+        flags or "default": (train, flags) for flags in (
+            "", EQ1, EQ8, "--lora_targets linear",
+            "--lora_targets qv --lora_rank 64 --lora_alpha 128", "--lora_lr 1e-3",
+            "--lora_lr 4e-3", "--lr 1e-4", "--lr 4e-4", "--warmup 0", "--guidance 1",
+            "--guidance 3", "--beta1 0.9 --beta2 0.999", "--ema 0", "--t_min 200", "--t_max 801",
+            "--lora_drop 0")
+    },
     # rows about as costly as 480 and 3,000 steps of VSD, the teacher's clips included
-    "objectives": {"VSD": "--max_steps 480", "VSD at T": f"--max_steps 480 {EQ1}",
-                   "energy": "energy --max_steps 436", "ARC": "arc --max_steps 385",
-                   "consistency": "consistency --max_steps 653"},
-    "long": {"VSD": "--max_steps 3000", "VSD at T": f"--max_steps 3000 {EQ1}",
-             "consistency": "consistency --max_steps 3860 --clips 3072"},
-    "energy": rows_of("energy --max_steps 200", "--patch 2, --patch 8, --patch 32, "
-                      "--samples 3 --batch_size 16"),
-    "arc": rows_of("arc --max_steps 200", "--contrast 0, --r1 0, --r1 0 --r2 0, "
-                   "--d_frozen 1 --d_lr 2e-3"),
+    "objectives": {
+        "VSD": (train, "--max_steps 480"),
+        "VSD at T": (train, f"--max_steps 480 {EQ1}"),
+        "energy": (energy, "--max_steps 436"),
+        "ARC": (arc, "--max_steps 385"),
+        "consistency": (consistency, "--max_steps 653"),
+    },
+    "long": {
+        "VSD": (train, "--max_steps 3000"),
+        "VSD at T": (train, f"--max_steps 3000 {EQ1}"),
+        "consistency": (consistency, "--max_steps 3860 --clips 3072"),
+    },
 }
 QUERIES = (2, 4, 10, 25, 50)        # steps of the guided teacher; each takes two passes
 
@@ -68,37 +68,25 @@ def line(name, found):
     return f"| {name} | {' | '.join(score.cells(score.summary(found), '±'))} |"
 
 
-def program(flags):
-    """What a row's flags are of: (train or a recipe's module, its words)."""
-    words = flags.split()
-    if not words or words[0].startswith("--"):
-        return train, words
-    return importlib.import_module(f"recipes.{words[0]}"), words[1:]
+def distil(program, flags, args, seed, name, rows):
+    """Train a student by a program and score it on list `name`, unless --out holds its scores.
 
-
-def distil(flags, args, seed, name, rows):
-    """Train a student with these flags and score it on list `name`, unless --out holds either.
-
-    InputError where --out holds scores of other flags, defaults or number of captions.
+    InputError where --out holds scores of other defaults or another number of captions.
     """
-    folder = flags.replace("--", "").replace(" ", "_") or "default"
+    folder = "_".join([program.__name__, *flags.replace("--", "").split()])
     out = args.out / f"{args.steps} steps" / folder / f"seed {seed}"
-    key = {"flags": flags, "defaults": read_settings(TINY), "clips": args.clips}
+    key = {"defaults": read_settings(TINY), "clips": args.clips}
     for path in out.glob("row *.json"):                 # of any list
-        require(read_json(path)["key"] == key, f"{out}: holds a run with other flags, defaults or "
+        require(read_json(path)["key"] == key, f"{out}: holds a run with other defaults or "
                 "--clips; choose another --out")
     if (path := out / f"row {name}.json").exists():
         return read_json(path)
-    module, words = program(flags)
     command = ["--teacher", "tiny", "--seed", seed, "--out_dir", out, "--max_steps", args.steps]
-    if module is not train:                             # the teacher's clips serve all rows
+    if program is not train:                            # the teacher's clips serve all rows
         command += ["--cache", args.out / f"clips of seed {seed}.safetensors"]
-    command, about = [*map(str, command), *words], out / "student/swiftaudio.json"
-    done = read_json(about)["step"] if about.exists() else 0
-    if done < module.parse_args(command).max_steps and (code := module.main(command)):
-        sys.exit(code)                                  # it was stopped
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # steps_left() let it wait for a step's end
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # It goes on where it was stopped; a finished student stays as it is.
+    if code := program.main([*map(str, command), *flags.split()]):
+        sys.exit(code)                                  # it was stopped now
     student = {"student": score.load_student(out / "student")[2]}
     found = {"key": key, **score.measure(student, rows, seed)["student"]}
     replace_text(path, json.dumps(found, indent=2) + "\n")
@@ -108,9 +96,9 @@ def distil(flags, args, seed, name, rows):
 def queries(args, rows):
     """Score real audio, the teacher in 1 to 50 steps and --student: {name: a row for each seed}.
 
-    In one step the teacher is unguided, eq. 1 at T.
+    In one step the teacher is unguided.
     """
-    teacher = {"teacher, 1 step": score.load_teacher(1, guidance=1)}
+    teacher = {"teacher, 1 step at T": score.load_teacher(1, guidance=1)}
     teacher |= {f"teacher, {steps} steps": score.load_teacher(steps) for steps in QUERIES}
     students = [{name: score.load_student(name.replace("{seed}", str(seed)))[2]
                  for name in args.student} for seed in range(args.seeds)]
@@ -123,7 +111,7 @@ def main(argv=None):
     add, count = p.add_argument, number(int, 1)
     add("table", choices=[*TABLES, "queries"], help="what to measure")
     add("--only", nargs="*", default=[], help="some of its rows")
-    add("--steps", type=count, default=300, help="of training")
+    add("--steps", type=count, default=300, help="of training, where a row has none")
     add("--seeds", type=count, default=3, help="how many, from 0")
     add("--clips", type=count, default=512, help="held-out captions")
     add("--list", choices=world.LISTS, nargs="+", default=["second"], help="held-out lists")
@@ -135,7 +123,6 @@ def main(argv=None):
     for name in args.only:
         require(name in table, f"--only: {args.table} has no row {name!r}; its rows: "
                 f"{', '.join(table)}")
-
     for name in args.list:
         report(args, table, name)
 
@@ -145,11 +132,9 @@ def report(args, table, name):
     rows = score.held_out(args.clips, name)
     found = queries(args, rows) if args.table == "queries" else {}
     for row in args.only or table:
-        found[row] = [distil(table[row], args, seed, name, rows) for seed in range(args.seeds)]
+        found[row] = [distil(*table[row], args, seed, name, rows) for seed in range(args.seeds)]
         print(line(row, found[row]), flush=True)
-    own_steps = not table or "--max_steps" in " ".join(table.values())
-    print(f"\nN = {len(rows)} held-out captions, {name} list, {args.seeds} seeds"
-          + f", {args.steps} steps" * (not own_steps))
+    print(f"\nN = {len(rows)} held-out captions, {name} list, {args.seeds} seeds")
     print(f"| | {' | '.join(score.DIGITS)} |\n|---" + "|---" * len(score.DIGITS) + "|")
     print("\n".join(line(row, scores) for row, scores in found.items()))
 
