@@ -173,12 +173,10 @@ def baselines(rows, seeds, t):
 
 
 def shipped_rows(rows, name, t, seed):
-    """The baselines() of a whole held-out list as shipped; {} for some of its rows.
+    """baselines() of the rows of a whole held-out list, as shipped.
 
-    Of a student whose step is at another t, what it was before training is measured here.
+    They are for the default t; for another, the student before training is measured here.
     """
-    if len(rows) < len(world.KINDS["all"]):
-        return {}
     shipped = read_json(HERE / "baselines.json")
     table = shipped["systems" if name == "first" else f"{name} list"]
     if t != shipped["student_t"]:
@@ -280,9 +278,12 @@ def report(args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
     folder, about, system = load_student(args.student)
     student, t = {f"student after {about['step']} steps": system}, about.get("timestep")
-    rows = held_out(args.clips, args.list, args.kind)
-    others = (baselines(rows, [args.seed], t) if args.all
-              else shipped_rows(rows, args.list, t, args.seed))
+    rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
+    others = {}
+    if args.all:
+        others = baselines(rows, [args.seed], t)
+    elif len(rows) == whole:
+        others = shipped_rows(rows, args.list, t, args.seed)
     table = {**others, **measure(student, rows, args.seed)}
     image = sheet({**compared(t), **student}, rows, args.seed)
 
@@ -300,7 +301,7 @@ def report(args):
         print(show({"student, small decoder": row}, len(rows)).splitlines()[1])
         print(f"the small decoder's log-mels differ from the VAE's by {error:.3f} nepers")
     if not others:
-        print(f"The other rows are shipped for N = {len(world.KINDS['all'])}; --all measures them.")
+        print(f"The other rows are shipped for N = {whole}; --all measures them here.")
     out = folder.parent
     replace_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     replace_file(out / "spectrograms.png", lambda path: image.save(path, "PNG"))
