@@ -1,5 +1,4 @@
 import contextlib
-import csv
 import json
 import shutil
 from types import SimpleNamespace
@@ -39,12 +38,6 @@ def test_the_shipped_weights_are_small_and_a_pipeline_s():
     assert (TINY / "model_index.json").exists()
     weights = [f for f in score.HERE.rglob("*.safetensors") if "build" not in f.parts]
     assert len(weights) > 4 and sum(f.stat().st_size for f in weights) <= 12 * 2 ** 20
-
-
-def test_the_shipped_captions_are_the_world_s():
-    for name, rows in zip(("captions.csv", "heldout.csv"), world.captions()):
-        with open(score.HERE / name, newline="") as f:
-            assert [row["caption"] for row in csv.DictReader(f)] == [text for text, _, _ in rows]
 
 
 @pytest.mark.parametrize("name", world.LISTS)
@@ -106,6 +99,35 @@ def test_a_network_is_saved_as_it_is_shipped(tmp_path, monkeypatch):
     make.save(model.load_unet(TINY), "unet")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "unet" / name).read_bytes() == (TINY / "unet" / name).read_bytes()
+
+
+def test_the_tokenizer_is_made_as_it_is_shipped():
+    again = make.make_tokenizer([text for text, _, _ in world.captions()[0]])
+    shipped = model.TextEncoder(TINY).tokenizer
+    assert again.get_vocab() == shipped.get_vocab()
+    text = ["A dog barks, in a cathedral", "rain " * 30]
+    how = dict(padding="max_length", truncation=True)
+    assert again(text, **how).input_ids == shipped(text, **how).input_ids
+
+
+def test_the_world_is_built_from_nothing(tmp_path, monkeypatch):
+    """Of nine clips, in one step of each training."""
+    teacher = shutil.copytree(TINY, tmp_path / "teacher")
+    for name, value in dict(HERE=tmp_path, BUILD=tmp_path / "build", TEACHER=teacher, CLIPS=9,
+                            BF16=torch.autocast("cpu", enabled=False)).items():
+        monkeypatch.setattr(make, name, value)
+    make.stage_data()
+    make.stage_vae(steps=1, size=2)
+    make.stage_classifier(steps=1, size=2, returned=4)
+    make.stage_decoder(steps=1, size=2)
+    make.stage_teacher(steps=1, size=2)
+    make.stage_teacher(steps=1, size=2, again=True)
+    for name in ("captions.csv", "heldout.csv"):
+        assert (tmp_path / name).read_bytes() == (score.HERE / name).read_bytes()
+    shapes = [{name: (w.shape, w.dtype) for name, w in load_file(
+        folder / "classifier.safetensors").items()} for folder in (tmp_path, score.HERE)]
+    assert shapes[0] == shapes[1]
+    assert model.load_teacher(teacher, 1)(["a dog barks"]).shape == (1, 40960)
 
 
 def test_the_classifier_knows_the_world():
