@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STYLE = """<style>
+STYLE = """<style> svg { font: 13px sans-serif }
 text, circle { fill: currentColor } path { fill: none; stroke: currentColor }
 .ink { color: #24292f } .grid { color: #d0d7de } .paper { fill: #fff; stroke: none }
 .c0 { color: #c0392b } .c1 { color: #1f6fb2 } .c2 { color: #9a6200 } .c3 { color: #1a7f37 }
-.c4 { color: #8250df }
-@media (prefers-color-scheme: dark) {
+.c4 { color: #8250df } @media (prefers-color-scheme: dark) {
 .ink { color: #e6edf3 } .grid { color: #3d444d } .paper { fill: #0d1117 }
 .c0 { color: #ff7b6b } .c1 { color: #6cb6ff } .c2 { color: #e3a84f } .c3 { color: #57c274 }
 .c4 { color: #c297ff } }
@@ -21,8 +20,8 @@ text, circle { fill: currentColor } path { fill: none; stroke: currentColor }
 
 def svg(height, *body):
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" '
-                      f'class="ink" font-family="sans-serif" font-size="13">', STYLE,
-                      f'<path class="paper" d="M0 0H800V{height}H0Z"/>', *body, "</svg>\n"])
+                      f'class="ink">{STYLE}<path class="paper" d="M0 0H800V{height}H0Z"/>',
+                      *body, "</svg>\n"])
 
 
 def words(x, y, text, anchor="middle"):
@@ -108,7 +107,7 @@ def dots(rows, column):
 def figures(text):
     """{file: picture} from the text of RESULTS.md; each run in the curve's columns is drawn."""
     rows, pairs = table(text, "The learning curve"), table(text, "What the captions cover")
-    curve = {column: over_steps(rows, column) for column in rows[0][1] if "FD" in column}
+    curve = {column: over_steps(rows, column) for column in rows[-1][1] if "FD" in column}
     first, *_ = curve
     lowest = min(y for points in curve.values() for _, (y, _) in points)
     ticks = [y for y in (1.25, 2.5, 5, 10, 20, 40) if y > lowest / 2]

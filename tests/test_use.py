@@ -1,4 +1,4 @@
-"""docs/USE.md: each piece of its code runs, and does what it says."""
+"""docs/USE.md and README.md: each piece of Python runs, and does what it says."""
 import inspect
 import os
 import re
@@ -14,12 +14,14 @@ from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
 import extras.app
+import sample
 import train
 from data import InputError
 from model import load_student, load_unet
 
 DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
 API, DIFFUSERS, DDIM, PEFT, HUB, SPACE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+README, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 FORK, = re.findall(r"```diff\n(.*?)```", DOC, re.DOTALL)
 TRAIN = ["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu",
          "--log_every", "1", "--no-decay"]
@@ -55,6 +57,19 @@ def test_the_api(home, monkeypatch):
     assert rate == 16000 and len(wav) == 2.56 * rate and wav.any()
     assert found["wavs"].shape == (2, len(wav)) and abs(found["wavs"][0] - wav).max() < 1e-4
     assert len(API.splitlines()) <= 5
+
+
+def test_the_readmes_python(home, monkeypatch):
+    monkeypatch.chdir(home)
+    exec(README, found := {})
+    sample.main(["--prompt", "a dog barks twice"])
+    wav, _ = soundfile.read("samples/a-dog-barks-twice_seed0_0.wav")
+    assert found["wav"].shape == wav.shape and abs(found["wav"] - wav).max() < 1e-4
+    assert found["mel"].shape == (1, 64, 256)
+    system, z_T = found["system"], found["system"].noise([0], seed=0).requires_grad_()
+    x0 = system.latents(z_T, system.encode_text(["rain falls"]))
+    assert torch.equal(x0, found["x0"])
+    assert torch.autograd.grad(x0.sum(), z_T)[0].abs().min() > 0
 
 
 def test_plain_diffusers_makes_the_clip_that_ours_makes(home, names):

@@ -1,0 +1,110 @@
+"""README.md and docs/: figures as the tables have them, links that lead somewhere, commands."""
+import importlib
+import json
+import re
+import runpy
+import shlex
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = {name: (ROOT / name).read_text("utf-8") for name in (
+    "README.md", "docs/USE.md", "docs/REPRODUCE.md", "docs/RESULTS.md")}
+FIGURES = runpy.run_path(str(ROOT / "docs/draw.py"))["figures"]
+
+
+def test_the_figures_are_those_of_the_tables():
+    text = DOCS["docs/RESULTS.md"]
+    drawn = FIGURES(text)
+    for name, picture in drawn.items():
+        assert (ROOT / "docs/assets" / name).read_text("utf-8") == picture, "run docs/draw.py"
+    for name, old, new in (("curve.svg", "| 38.2 |", "| 48.2 |"),
+                           ("coverage.svg", "70.2 ± 5.4", "70.2 ± 1.4"),
+                           ("queries.svg", "64.9 ± 2.8", "84.9 ± 2.8"),
+                           ("families.svg", "28.7 ± 0.5 | 2.96", "38.7 ± 0.5 | 2.96")):
+        again = FIGURES(text.replace(old, new))
+        assert {n for n in drawn if again[n] != drawn[n]} == {name}
+    for path in (ROOT / "docs/assets").glob("*.svg"):
+        assert xml.etree.ElementTree.parse(path).getroot().get("viewBox").startswith("0 0 800")
+
+
+def test_the_curve_has_every_run_of_its_table():
+    head, title, rest = DOCS["docs/RESULTS.md"].partition("\n## The learning curve\n")
+    table, figure, rest = rest.partition("![FD above")
+    table = table.replace("| FD |", "| at T: FD |").replace("KL |\n", "KL | late: FD |\n", 1)
+    table = re.sub(r"(?m)^(\| (?:\**[\d,]+00|teacher).*)$", r"\1 22.5 |", table)     # not step 480
+    table = table.replace("| 1.65 |\n", "| 1.65 | 12.5 |\n")
+    drawn = FIGURES("".join([head, title, table, figure, rest]))["curve.svg"]
+    names = re.findall(r">([^<>]*FD[^<>]*)<", drawn)
+    assert names == ["at T: FD to teacher", "teacher, 25 steps: FD", "late: FD", "at T: FD"]
+
+
+def anchors(text):
+    titles = re.findall(r"(?m)^#+ (.*)$", text)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", DOCS[name])
+    for path, anchor in links:
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), f"{path}#{anchor}"
+    assert links
+
+
+def commands(text):
+    """Every command of a document: [(module, its words)]."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines() + inline:
+        for command in line.replace("\n", " ").split("&&"):
+            found = re.search(r"(?:python|torchrun)\s.*?(\w+(?=\.py)|-m [\w.]+)(?:\.py)?(.*)",
+                              command)
+            if found and "pip install" not in command:
+                words = shlex.split(re.sub(r"\bS\b", "0", found[2]), comments=True)
+                yield found[1].removeprefix("-m "), words
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_command_is_one_that_its_program_takes(name, monkeypatch):
+    parse_args = data.Parser.parse_args
+
+    def parse(self, argv=None, namespace=None):
+        parse_args(self, argv, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(data.Parser, "parse_args", parse)
+    found = [(module, words) for module, words in commands(DOCS[name])
+             if module not in ("pytest", "tiny.control")]       # of an old commit, which is named
+    for module, words in found:
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        if words:                                               # else it is only its name
+            with pytest.raises(Parsed):
+                importlib.import_module(module).main(words)
+    assert len(found) > 5
+
+
+def test_the_readme_is_for_a_first_visit_and_has_the_command_that_ci_runs():
+    assert len(DOCS["README.md"].split()) <= 1200
+    pattern = re.search(r"grep -m1 '(.*?)'", (ROOT / ".ci/run").read_text())[1]
+    assert re.search(pattern, DOCS["README.md"], re.MULTILINE)
+
+
+def test_the_listening_page_has_every_caption_by_every_system():
+    page = (ROOT / "docs/listen.html").read_text("utf-8")
+    known = json.JSONDecoder().raw_decode(page.split("const data = ")[1])[0]
+    captions = (ROOT / "docs/listen.txt").read_text("utf-8").splitlines()
+    assert [row["prompt"] for row in known["rows"]] == captions and len(page) < 3e6
+    assert known["systems"][:4] == ["real-audio", "teacher-25-steps", "student-before-training",
+                                    "student-480-steps"]
+    assert all(len(row["clips"]) == len(known["systems"]) for row in known["rows"])
