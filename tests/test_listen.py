@@ -47,20 +47,24 @@ def decoded(url, kind):
     return base64.b64decode(content)
 
 
-def test_a_page_holds_all_clips_of_all_folders_and_nothing_from_elsewhere(folders, capsys):
+def test_a_page_holds_all_clips_of_all_folders_and_nothing_from_elsewhere(
+        folders, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in folders.rglob("*.*")}
-    listen.main(["ours", "./theirs/"])
-    assert capsys.readouterr().out == "ours/listen.html\n"
-    page = Path("ours/listen.html").read_text("utf-8")
+    monkeypatch.chdir("ours")
+    listen.main([".", "../theirs/"])
+    assert capsys.readouterr().out == "listen.html\n"
+    page = Path("listen.html").read_text("utf-8")
     data = json.JSONDecoder().raw_decode(page.split("const data = ")[1])[0]
     assert not data["blind"] and data["systems"] == list(CLIPS)
     rows = {(row["prompt"], row["seed"], row["k"]): row["clips"] for row in data["rows"]}
     for column, (name, clips) in enumerate(CLIPS.items()):
         for i, key in enumerate(clips):
-            clip, wav = rows[key].pop(str(column)), soundfile.read(f"{name}/{i}.wav")[0]
-            found, rate = soundfile.read(io.BytesIO(decoded(clip["sound"], "audio/flac")))
-            assert rate == 16000 and found.shape == wav.shape and abs(found - wav).max() < 1e-4
-            assert decoded(clip["png"], "image/png") == Path(name, f"{i}.png").read_bytes()
+            clip, wav = rows[key].pop(str(column)), folders / name / f"{i}.wav"
+            flac, expected = decoded(clip["sound"], "audio/flac"), soundfile.read(wav)[0]
+            found, rate = soundfile.read(io.BytesIO(flac))
+            assert flac[:4] == b"fLaC" and rate == 16000 and found.shape == expected.shape
+            assert abs(found - expected).max() < 1e-4
+            assert decoded(clip["png"], "image/png") == wav.with_suffix(".png").read_bytes()
             assert clip["seconds"] == 0.64
     assert len(rows) == 4 and not any(rows.values())            # and no other clip
     assert "http" not in page and page.count("</script>") == 1 and "/*DATA*/" not in page
@@ -112,14 +116,17 @@ def test_the_blind_test_in_a_browser(folders):
         audio.onplay();
         setTimeout(() => {
             audio.onpause();
-            document.querySelectorAll('input[value="4"]').forEach(i => i.click());
+            const rate = all => document.querySelectorAll(all).forEach(i => i.click());
+            rate('input[name$=OVL][value="4"]');
+            const half = button.disabled;
+            rate('input[name$=REL][value="4"]');
             URL.createObjectURL = blob => { blob.text().then(text => document.body.append(
                 Object.assign(document.createElement('pre'), {id: 'csv', textContent: text })));
                 return '#' };
-            document.title = before + ' ' + button.disabled;
+            document.title = `${before} ${half} ${button.disabled}`;
             button.click();
         }, 500);""")
-    assert "<title>true false</title>" in dom               # nothing to save before all are rated
+    assert "<title>true true false</title>" in dom          # nothing to save before all are rated
     seen = dom.split("<script>")[0]
     assert not re.search("ours|theirs|<img", seen)          # which system it is stays hidden
     answers = html.unescape(dom.split('<pre id="csv">')[1].split("</pre>")[0])
