@@ -82,7 +82,7 @@ def build(args, own):
     import gradio as gr
     system = system_of(*own, f"--decoder={args.decoder}")
     fast = not args.teacher_steps and (open_student(args.student)[0] / "decoder").exists()
-    tokenizer, known = system.encode_text.tokenizer, "It reads any words, through CLIP: use English."
+    tokenizer, known = system.encode_text.tokenizer, "It reads any English words, with CLIP."
     if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):    # else it has every word
         words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         known = f"It knows {len(words)} words: {', '.join(words)}."
