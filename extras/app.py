@@ -88,7 +88,7 @@ def build(args, own):
         known = f"It knows {len(words)} words: {', '.join(words)}."
     captions = system.folder / read_settings(system.folder).get("train", {}).get("captions", "")
     examples = read_captions(captions, limit=4)[0] if captions.is_file() else GENERAL
-    with gr.Blocks(title="SwiftAudio", delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="SwiftAudio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# SwiftAudio\n{args.teacher_steps or 'One'}-step text to audio. {known}")
         asked = [gr.Textbox(label="type a sound", placeholder="a dog barks while (rain:2) falls")]
         gr.Examples(examples, asked)
@@ -120,8 +120,8 @@ def main(argv=None):
     require(importlib.util.find_spec("gradio"), 'the page needs gradio: pip install "gradio>=6"')
     own = [f"--{k}={v}" for k, v in vars(args).items() if v != p.get_default(k)
            and k not in ("seed", "decoder", "host", "port", "share")]
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": files.name,
-                   "no_proxy": f"{os.environ.get('no_proxy', '')},localhost,{args.host}"}
+    direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))     # for gradio, of itself
+    os.environ |= {"GRADIO_TEMP_DIR": files.name, "no_proxy": f"{direct},localhost,{args.host}"}
     build(args, own).launch(server_name=args.host, server_port=args.port, share=args.share,
                             max_file_size="20mb", css="#results img { height: 128px }")
 
