@@ -5,14 +5,18 @@
     python -m extras.bench train --size full --compile      # Auffusion's size: a GPU
 
 The paper's setting is train.py's defaults, at both sizes: the tiny teacher's own has fewer passes
-and more adapters. The full-size model has random weights, on which speed does not depend.
+and more adapters. The full-size model has random weights, on which speed does not depend. "Of peak"
+is the arithmetic of plain fp32 over the time, as a share of what a large matrix product reaches, in
+bf16 if it can.
 """
 import gc
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train
@@ -32,6 +36,21 @@ PAPER = train.parse_args(["--teacher", str(Path(__file__).parent), "--captions",
 def clock(f, runs):
     """Seconds that a call of f takes, the mean of `runs` calls after two of warm-up."""
     return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(runs).mean
+
+
+def peak(device, dtype):
+    """Measure the TFLOP/s of a large square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2e-12 * n**3 / clock(lambda: a @ a, 10)
+
+
+def flops(f):
+    """Count the TFLOP of a call of f."""
+    # The counter does not know the CPU's fused attention, so attention is written out for it.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        f()
+    return counter.get_total_flops() / 1e12
 
 
 def sampler(kind, folder, device, batch, args):
@@ -72,7 +91,7 @@ def trainer(kind, folder, device, batch, args):
     for net in nets:
         if kind == PLAIN:
             net.to(memory_format=torch.contiguous_format)
-        elif args.checkpointing:
+        elif args.checkpointing:            # what is done twice is not counted
             net.enable_gradient_checkpointing()
     if args.compile and kind == OURS:
         nets = [torch.compile(net) for net in nets]
@@ -105,7 +124,7 @@ def trainer(kind, folder, device, batch, args):
     return {STEP: step}
 
 
-def bench(kind, build, batch, runs, plain):
+def bench(kind, build, batch, runs, at_peak, plain):
     """Print a row for each of build(kind)'s functions, and a GPU's memory: {name: seconds}."""
     gc.collect()
     if gpu := torch.cuda.is_initialized():
@@ -113,10 +132,11 @@ def bench(kind, build, batch, runs, plain):
         torch.cuda.reset_peak_memory_stats()
     found = {}
     try:
-        for name, f in build(kind).items():
+        for name, f in build(kind, batch).items():
             found[name] = t = clock(f, runs)
             row, ratio = f"{kind}, {name}", f"{plain[name] / t:.2f}x" if name in plain else "-"
-            print(f"{row:30s}{1e3 * t:10.1f}{batch / t:10.3g}{ratio:>10s}", flush=True)
+            print(f"{row:30s}{1e3 * t:10.1f}{batch / t:10.3g}"
+                  f"{batch * at_peak[name] / t:10.0%}{ratio:>10s}", flush=True)
     except torch.OutOfMemoryError:
         print(f"{kind}: {batch} at a time do not fit")
     if gpu:
@@ -140,13 +160,18 @@ def main(argv=None):
     require(device.type == "cuda" or not (training and full), "train --size full needs a CUDA GPU")
     batch = args.batch_size or (PAPER.batch_size if training else 1)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-          f"{'':30s}{'ms':>10s}{'a second':>10s}{'faster':>10s}")
+    dtype = torch.bfloat16 if model.has_bf16(device) else torch.float32
+    best = peak(device, dtype)
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; peak: {best:.3g} "
+          f"TFLOP/s in {dtype}\n{'':30s}{'ms':>10s}{'a second':>10s}{'of peak':>10s}"
+          f"{'faster':>10s}")
     with tempfile.TemporaryDirectory() as folder, torch.set_grad_enabled(training):
         home = write_teacher(Path(folder) / "full", **FULL) if full else TINY
-        build = lambda kind: (trainer if training else sampler)(kind, home, device, batch, args)
-        plain = bench(PLAIN, build, batch, args.runs, {})
-        ours = bench(OURS, build, batch, args.runs, plain)
+        what = trainer if training else sampler
+        build = lambda kind, batch: what(kind, home, device, batch, args)
+        at_peak = {name: flops(f) / best for name, f in build(PLAIN, 1).items()}      # seconds
+        plain = bench(PLAIN, build, batch, args.runs, at_peak, {})
+        ours = bench(OURS, build, batch, args.runs, at_peak, plain)
     if STEP in ours:
         captions = PAPER.max_steps * PAPER.batch_size * PAPER.grad_accum
         print(f"a run, {captions:,} captions, takes {captions / batch * ours[STEP] / 3600:.1f} h")

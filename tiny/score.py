@@ -26,7 +26,6 @@ from extras.audio import log_mel
 from extras.fast import fold_upsampling
 from extras.metrics import frechet, load_classifier, scores
 from extras.publish import write_card
-from losses import one_step
 from model import LOG_MAX, LOG_MIN, TINY
 from sample import picture
 from tiny import world
@@ -95,8 +94,7 @@ def load_teacher(steps, guidance=None):
 def load_untrained(t):
     """Load what a student is before training: the teacher's UNet, unguided, one step at t."""
     system = load_teacher(1, guidance=1)
-    alpha, sigma = model.noise_schedule(system.scheduler, system.device)
-    system.latents = lambda z_T, text: one_step(system.eps, z_T, text, alpha, sigma, t)
+    system.steps, system.t = None, t
     return system
 
 
@@ -108,7 +106,7 @@ def compared(t):
 def load_student(name, decoder="vae"):
     """Load a student of the tiny teacher: (its folder, its swiftaudio.json, its System)."""
     folder, part, about = model.open_student(name)
-    weights = about.get("flags", {}).get("teacher's weights")       # under whatever name
+    weights = about.get("identity", {}).get("teacher's weights")    # under whatever name
     require(not part and (about["teacher"] == "tiny"
                           or weights == fingerprint(model.load_unet(TINY))),
             f"{name}: is no student that train.py made of the tiny teacher (its teacher: "
