@@ -350,8 +350,9 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.locked.enter_context(data.locked(self.out / "run", wait=False))
-            for left in self.out.glob("checkpoint.pt.*.tmp"):   # by a kill while it was saved
-                left.unlink()
+            for name in "checkpoint.pt", "student*/*", "lora/*":
+                for left in self.out.glob(f"{name}.*.tmp"):     # by a kill while it was saved
+                    left.unlink()
         if path.exists():
             try:                                        # torch maps no name that is not UTF-8
                 found = torch.load(path, map_location="cpu", weights_only=True,
@@ -475,8 +476,9 @@ class Run:
 
 def public(value):
     """A flag, or a word of a command, without this machine's folders: /home/me/S is ./S."""
-    name, sign, path = value.rpartition("=") if isinstance(value, str) else ("", "", "")
-    return f"{name}{sign}./{Path(path).name}" if Path(path).is_absolute() else value
+    text = str(value)
+    flag, sign, path = text.partition("=") if text.startswith("--") else ("", "", text)
+    return f"{flag}{sign}./{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def save_student(run, folder, step):
@@ -494,7 +496,7 @@ def save_student(run, folder, step):
                  lambda path: path.write_bytes(save(dict(zip(names, kept)), {"format": "pt"})))
     data.replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-    paths = {public(path): path for path in flags.values() if public(path) != path}
+    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
     data.replace_text(run.out / "paths.json", json_line(paths))     # for this machine alone
 
 
