@@ -98,7 +98,8 @@ def main(argv=None):
     if args.checkpointing:
         D.unet.enable_gradient_checkpointing()
     nets["d"] = scores = train.DDP(D) if run.ranks > 1 else D   # goes back twice: not compiled
-    eps, clips = denoiser(nets["student"], run.amp), teacher_clips(run, args, run.unet)
+    eps = denoiser(nets["student"], run.amp)
+    clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size
 
     # ---- the loop, as in train.py --------------------------------------------------------------
@@ -111,7 +112,7 @@ def main(argv=None):
             z_T = draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)[0].to(device)
             noises, t = (x.to(device) for x in draw_more(
                 numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
-            y, text = clips_of(numbers, run, args, clips)
+            y, text = clips_of(numbers, run, clips)
             for net in nets.values():                   # DDP averages gradients once a step
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
@@ -134,8 +135,8 @@ def main(argv=None):
             to_x0, = torch.autograd.grad(arc.sum(), fake, retain_graph=True)
             (d.mean() / args.grad_accum).backward(inputs=weights["d"])
             ((x0 * to_x0).flatten(1).sum(1).mean() / args.grad_accum).backward()
-            run.log(arc=arc, d=d, d_right=(real > made).float().mean(1),
-                        x0_std=x0.std((1, 2, 3)))
+            d_right = (real > made).float().mean(1)
+            run.log(arc=arc, d=d, d_right=d_right, x0_std=x0.std((1, 2, 3)))
 
         for name, opt in opts.items():
             norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))

@@ -43,14 +43,27 @@ def read_clips(path, about, shape):
     return clips
 
 
+def keep_clips(path, about, clips):
+    """Add clips to a file, and return them; those that it has stay, as another run may use them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        found = read_clips(path, about, clips.shape[1:])
+        clips = torch.cat([found, clips[len(found):]])
+        if len(clips) > len(found):
+            content = save({"clips": clips}, {"about": json.dumps(about)})
+            replace_file(path, lambda temporary: temporary.write_bytes(content))
+    return clips
+
+
 @torch.no_grad()
-def teacher_clips(run, args, unet):
+def teacher_clips(run, unet):
     """Make latents (--clips, C, h, w) in fp16 by the guided teacher: clip n is of caption_at(n).
 
     unet: the teacher's. --cache keeps the clips; where it holds fewer, this goes on.
     """
-    path, seed, cut = Path(args.cache or run.out / "clips.safetensors"), args.seed, args.batch_size
+    args, seed, cut = run.args, run.args.seed, run.args.batch_size
     require(args.clips >= cut, f"--clips {args.clips}: fewer than a batch, --batch_size {cut}")
+    path = Path(args.cache or run.out / "clips.safetensors")
     about = {key: (run.flags | run.identity)[key] for key in (
         "teacher's weights", "text encoder's weights", "alpha_T", "captions' text", "guidance",
         "clip_steps", "seed")}
@@ -62,9 +75,10 @@ def teacher_clips(run, args, unet):
     # from T itself: 10 "leading" steps, as Auffusion's scheduler takes them, start at t = 901
     scheduler = type(run.scheduler).from_config(run.scheduler.config, timestep_spacing="trailing")
     eps = guided(denoiser(unet, run.amp), run.null, args.guidance)
-    todo = range(len(clips), args.clips, cut)
-    for first in tqdm(todo, "the teacher's clips", disable=not todo):
-        numbers = range(first, min(first + cut, args.clips))
+    bar = tqdm(desc="the teacher's clips", initial=len(clips), total=args.clips,
+               disable=len(clips) >= args.clips)
+    while len(clips) < args.clips:
+        numbers = range(len(clips), min(len(clips) + cut, args.clips))
         text = run.encode_text([caption_at(run.captions, seed, n) for n in numbers])
         # not the noise of sampling_noise(), from which the student will be judged
         z_T = draw_more(numbers, seed, 1, run.shape, stream=4)[0][0].to(run.device)
@@ -73,16 +87,15 @@ def teacher_clips(run, args, unet):
                 "in fp16; try --precision fp32, or a smaller --guidance")
         clips = torch.cat([clips, x0])
         if len(clips) % 128 < cut or len(clips) == args.clips:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path):                          # another run may use this --cache
-                if len(read_clips(path, about, run.shape)) < len(clips):
-                    content = save({"clips": clips}, {"about": json.dumps(about)})
-                    replace_file(path, lambda tmp: tmp.write_bytes(content))
+            clips = keep_clips(path, about, clips)
+        bar.update(len(clips) - bar.n)
+    bar.close()
     return clips[:args.clips]
 
 
-def clips_of(numbers, run, args, clips):
+def clips_of(numbers, run, clips):
     """What samples of a run learn from: the teacher's clips (B, C, h, w), and their text."""
-    rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
+    seed = run.args.seed
+    rows = [caption_at(range(len(clips)), seed, n) for n in numbers]
     y = clips[rows].to(run.device).float()              # clip n is of the n-th caption
-    return y, run.encode_text([caption_at(run.captions, args.seed, n) for n in rows])
+    return y, run.encode_text([caption_at(run.captions, seed, n) for n in rows])

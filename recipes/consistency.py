@@ -71,15 +71,14 @@ def main(argv=None):
     grid = grid.clamp(min=0).to(device)             # of 50 steps: 0, 19, 39, ..., T
 
     # ---- what learns: the student; the target is its average -----------------------------------
-    teacher, weights = run.unet, {"student": list(run.student.parameters())}
     target = copy.deepcopy(run.student).requires_grad_(False)
-    weights["ema"] = list(target.parameters())
+    weights = {"student": list(run.student.parameters()), "ema": list(target.parameters())}
     opt = train.adamw(args, weights["student"], args.lr)
     run.resume(weights, {"student": opt})
     net = train.prepare(run, {"student": run.student})["student"]
-    student_eps, target_eps, teacher_eps = (denoiser(n, run.amp) for n in (net, target, teacher))
-    teacher_eps = guided(teacher_eps, run.null, args.guidance)
-    clips = teacher_clips(run, args, teacher)
+    student, target, teacher = (denoiser(n, run.amp) for n in (net, target, run.unet))
+    teacher = guided(teacher, run.null, args.guidance)
+    clips = teacher_clips(run, run.unet)
 
     # ---- the loop, as in train.py --------------------------------------------------------------
     for step in run.steps("consistency", "consistency", "x0_std"):
@@ -89,14 +88,14 @@ def main(argv=None):
             numbers = run.numbers(step, micro)
             noises, i = (x.to(device) for x in draw_more(
                 numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
-            y, text = clips_of(numbers, run, args, clips)
+            y, text = clips_of(numbers, run, clips)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
 
             # The student at t must say what its average says one step of the teacher further on.
             t, s = grid[i], grid[i - 1]
             x = diffuse(y, t, noises[0], alpha, sigma)
-            loss, x0 = consistency_loss(student_eps, target_eps, teacher_eps, x, t, s, text, alpha,
-                                        sigma, args.loss)
+            loss, x0 = consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma,
+                                        args.loss)
             (loss.mean() / args.grad_accum).backward()
             run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
 

@@ -27,6 +27,7 @@ def parse_args(argv=None):
     p, count = Parser(__doc__, prog="python -m recipes.decoder"), number(int, 1)
     add = p.add_argument
     add("--student", default="out/student", help="folder of train.py; decoder/ is written to it")
+    add("--teacher", help="folder or hub name, if not the student's own")
     add("--captions", help="csv, tsv, txt, json or jsonl file; default: the student's")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
@@ -83,69 +84,88 @@ class DecoderRun(train.Run):
 
 
 @torch.no_grad()
-def make_pairs(args, run, unet, vae):
+def make_pairs(run, unet, vae, encode_text):
     """Make latents (--clips, C, h, w) and the VAE's pictures (--clips, 1, mels, frames): fp16."""
-    encode_text, pairs = model.TextEncoder(run.home).to(run.device), []
-    model.check_fit(run.home, unet, encode_text)
-    alpha, sigma = model.noise_schedule(model.load_scheduler(run.home), run.device)
+    args, eps, pairs = run.args, model.denoiser(unet), []
+    alpha, sigma = run.schedule
     for first in tqdm(range(0, args.clips, args.batch_size), "the student's clips"):
         numbers = range(first, min(first + args.batch_size, args.clips))
         z_T = data.draw_batch(numbers, args.seed, run.shape, 0, 1, len(alpha) - 1)[0].to(run.device)
         text = encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
-        x0 = one_step(model.denoiser(unet), z_T, text, alpha, sigma, run.about.get("timestep"))
-        x0 = x0.half()
+        x0 = one_step(eps, z_T, text, alpha, sigma, run.timestep).half()
         # one clip at a time, as each takes gigabytes at full size; only one channel is heard
         images = [vae.decode(z[None].float() / vae.config.scaling_factor).sample[:, :1] for z in x0]
         pairs.append((x0.cpu(), torch.cat(images).half().cpu()))
     return [torch.cat(column) for column in zip(*pairs)]
 
 
-def start(args):
-    """Load the student, its VAE and the decoder to train: (a DecoderRun, UNet, VAE)."""
-    require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
-            f"{args.student}: must be a folder here, as decoder/ is written to it")
-    folder, part, about = model.open_student(args.student)
-    run = DecoderRun(args, folder / "decoder")
-    run.device, run.about = model.pick_device(args.device), about
+def read_captions(args, about):
+    """Read --captions, else those of the student's own run: (path, captions, counts)."""
     flags = {} if args.captions else about.get("flags", {})
-    path, column = (getattr(args, key) or flags.get(key) for key in ("captions", "caption_column"))
-    require(path and not path.startswith("./"), "--captions FILE is needed: this student does not "
-            "say where its own are")
-    run.captions, n = data.read_captions(path, column, flags.get("max_captions"))
-    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
+    theirs = flags.get("captions") or "./"              # ./NAME is a file of another machine
+    require(args.captions or not theirs.startswith("./"),
+            f"--captions FILE is needed: {args.student} does not say where its own are")
+    path, column = args.captions or theirs, args.caption_column or flags.get("caption_column")
+    return path, *data.read_captions(path, column, flags.get("max_captions"))
 
-    run.home = home = model.find(about.get("teacher", args.student), [*model.TO_TRAIN, "vae/*"],
-                                 skip=["unet/diffusion*"])
-    unet = model.load_unet(folder, part).to(run.device)
-    vae = model.load_part(home, "vae", model.pretrained(AutoencoderKL))
-    vae.to(run.device, memory_format=torch.channels_last)
+
+def first_decoder(args, home, vae):
+    """Load --init, or make a decoder of the teacher's settings; InputError if it is no VAE's."""
     torch.manual_seed(args.seed)
-    run.network = network = (model.load_part(
-        model.find(args.init, model.STUDENT), "", model.pretrained(AutoencoderTiny))
-        if args.init else new_decoder(model.read_settings(home)))
-    network.requires_grad_(False).to(run.device, memory_format=torch.channels_last)
+    if args.init:
+        network = model.load_part(model.find(args.init, model.STUDENT), "",
+                                  model.pretrained(AutoencoderTiny))
+    else:
+        network = new_decoder(model.read_settings(home))
     theirs = len(vae.config.block_out_channels), vae.config.latent_channels
     ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
     require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
             f"{home}: levels and channels of latents are {ours}, not {theirs}")
+    return network.requires_grad_(False)
+
+
+def start(args):
+    """Load the decoder to train, in a DecoderRun, and what its clips need: UNet, VAE, encoder."""
+    require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
+            f"{args.student}: must be a folder here, as decoder/ is written to it")
+    folder, part, about = model.open_student(args.student)
+    run = DecoderRun(args, folder / "decoder")
+    require(run.ranks == 1, "recipes.decoder: runs in one process; start it without torchrun")
+    run.device, run.timestep = model.pick_device(args.device), about.get("timestep")
+    path, run.captions, n = read_captions(args, about)
+    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
+
+    home = model.find(args.teacher or about.get("teacher", args.student),
+                      [*model.TO_TRAIN, "vae/*"], skip=["unet/diffusion*"],
+                      advice=f"as the teacher of {args.student}, pass --teacher")
     run.shape = model.latent_shape(home, about.get("seconds"))
+    run.schedule = model.noise_schedule(model.load_scheduler(home), run.device)
+    unet = model.load_unet(folder, part).to(run.device)
+    encode_text = model.TextEncoder(home).to(run.device)
+    model.check_fit(home, unet, encode_text)
+    vae = model.load_part(home, "vae", model.pretrained(AutoencoderKL))
+    vae.to(run.device, memory_format=torch.channels_last)
+    run.network = first_decoder(args, home, vae)
+    run.network.to(run.device, memory_format=torch.channels_last)
     run.identity |= {"recipe": "decoder", "student's weights": train.fingerprint(unet),
-                     "first decoder's weights": train.fingerprint(network),
+                     "VAE's weights": train.fingerprint(vae),
+                     "text encoder's weights": train.fingerprint(encode_text),
+                     "first decoder's weights": train.fingerprint(run.network),
                      "captions' text": train.digest("\n".join(run.captions).encode()),
                      "captions a step": args.batch_size}
-    return run, unet, vae
+    return run, unet, vae, encode_text
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run, unet, vae = start(args)
+    run, *parts = start(args)
     decoder, scale = run.network.decoder.requires_grad_(True), run.network.config.scaling_factor
     weights = list(decoder.parameters())
     opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
     run.resume({"decoder": weights}, {"decoder": opt}, "config.json")
     if run.first_step < args.max_steps:
-        x0, images = make_pairs(args, run, unet, vae)
-    del unet, vae                               # at full size 4 GB
+        x0, images = make_pairs(run, *parts)
+    del parts                                   # at full size 4 GB
 
     for step in run.steps("decoder", "loss"):
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)

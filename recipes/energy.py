@@ -58,7 +58,8 @@ def main(argv=None):
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     run.resume(weights, {"student": opt})
     net = train.prepare(run, {"student": run.student})["student"]
-    eps, clips = denoiser(net, run.amp), teacher_clips(run, args, run.unet)
+    eps = denoiser(net, run.amp)
+    clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size
 
     # ---- the loop, as in train.py --------------------------------------------------------------
@@ -68,7 +69,7 @@ def main(argv=None):
         for micro in range(args.grad_accum):
             numbers = run.numbers(step, micro)
             z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
-            y, text = clips_of(numbers, run, args, clips)
+            y, text = clips_of(numbers, run, clips)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
 
             # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
