@@ -163,7 +163,7 @@ def read_rows(path, column=None):
     require(path.is_file(), f"{path}: no such file; pass a {known} file")
     require(kind in known.replace(",", "").split(), f"{path}: unknown ending {kind!r}; use {known}")
     try:
-        text = path.read_text("utf-8-sig")
+        text = path.read_text("utf-8").replace("\ufeff", "")   # a BOM, or one of each file in `cat`
     except UnicodeDecodeError as e:
         line = e.object[:e.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is not UTF-8; convert it (iconv -t utf-8)")
@@ -231,8 +231,8 @@ def row_captions(row, where, column=None):
         require(isinstance(row, str), f"{where} is no caption, but {json.dumps(row)[:60]}")
     found = [" ".join(c.split()) if isinstance(c, str) else "" for c in cells]
     for caption in found:
-        require(not re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", caption), f"{where} holds a list as "
-                f"text, {caption[:60]}; write each caption to a row or a column of its own")
+        require(not re.fullmatch(r"""\[\s*(['"].*['"]\s*)?\]""", caption), f"{where} holds a list "
+                f"as text, {caption[:60]}; write each caption to a row or a column of its own")
     return found
 
 

@@ -253,8 +253,8 @@ class TextEncoder(nn.Module):
                 cut = tokenizer.decode(ids[self.tokens - 1:-1])[:80]
                 found[prompt] = f"{len(ids)} tokens, {self.tokens} fit; cut: {cut!r}"
             elif unknown & set(ids):
-                words = [repr(w) for w in prompt.split() if unknown & set(tokenizer.encode(w))]
-                found[prompt] = f"{prompt!r}: the teacher has never seen {', '.join(words)}"[:300]
+                words = str([w for w in prompt.split() if unknown & set(tokenizer.encode(w))])
+                found[prompt] = f"{prompt[:80]!r}: the teacher has never seen {words[1:-1][:200]}"
         return found
 
 

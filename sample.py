@@ -134,9 +134,9 @@ def write_clips(args, prompts, load, more={}):
                 path = paths[prompt, k]
                 replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16",
                                                                format="WAV"))
-                replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
                 rows[path.name] = {"file": path.name, "prompt": prompt, "seed": args.seed, "k": k,
                                    **system.about, **more.get(prompt, {})}
+                replace_file(path.with_suffix(".png"), lambda tmp: picture(mel).save(tmp, "PNG"))
             if len(rows) < 1000 or i % (100 * args.batch_size) == 0:    # 45,000 take a second
                 add_to_manifest(out, rows)
     finally:

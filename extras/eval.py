@@ -197,13 +197,18 @@ def generate(prompts, out, args, system):
     about = {**system.about, "seed": args.seed, "version": CLIPS_VERSION,
              "sha256": metrics.sha256(*files_of(system, args))}
     path = out / "manifest.json"
-    manifest = read_json(path) if path.exists() else {"system": about, "clips": {}}
-    require(isinstance(manifest, dict) and {"system", "clips"} <= set(manifest),
-            f"{path}: is not extras.eval's; change --out")
-    for key in {**about, **manifest["system"]}:
-        require(about.get(key) == manifest["system"].get(key),
-                f"{out}: holds another system's clips ({key} differs); change --out")
-    clips = manifest["clips"]
+
+    def read():
+        """The clips that are there, {name: prompt}; InputError where another system made them."""
+        manifest = read_json(path) if path.exists() else {"system": about, "clips": {}}
+        require(isinstance(manifest, dict) and {"system", "clips"} <= set(manifest),
+                f"{path}: is not extras.eval's; change --out")
+        for key in {**about, **manifest["system"]}:
+            require(about.get(key) == manifest["system"].get(key),
+                    f"{out}: holds another system's clips ({key} differs); change --out")
+        return manifest["clips"]
+
+    clips = read()
     todo = [k for k in sorted(prompts) if clips.get(k) != prompts[k] or not (out / k).exists()]
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches of clips"):
         names = todo[i:i + args.batch_size]
@@ -214,8 +219,8 @@ def generate(prompts, out, args, system):
         for name, wav in zip(names, wavs):
             write_wav(out / name, wav, RATE, "PCM_16")
         with data.locked(path):                         # another process may make others of them
-            clips |= read_json(path)["clips"] if path.exists() else {}
-            clips |= {name: prompts[name] for name in names}
+            clips = read() | {name: prompts[name] for name in names}
+            manifest = {"system": about, "clips": clips}
             replace_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return about
 
