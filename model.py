@@ -123,7 +123,7 @@ def pick_device(name=None, exact=False):
 def load_part(folder, part, load):
     """Return load(folder / part), or InputError with its path; part "" is the folder itself."""
     path = Path(folder) / part
-    require(path.is_dir(), f"{folder}: lacks {part}/ (README, 'A teacher on disk')")
+    require(path.is_dir(), f"{folder}: lacks {part}/ (docs/REPRODUCE.md)")
     try:
         return load(path)
     except Exception as e:                              # each library fails in its own way

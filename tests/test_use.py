@@ -151,5 +151,5 @@ def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
         assert line["spread"] >= (line["x0_std"] - 1) ** 2 - 1e-6 > 0
     assert plain[0]["spread"] == pulled[0]["spread"]        # of the same first student
     assert plain[0]["grad_student"] != pulled[0]["grad_student"]
-    with pytest.raises(InputError, match="--spread_weight 100.0, this one has 1.0"):
+    with pytest.raises(InputError, match="spread_weight 100.0, not 1.0"):
         fork([*TRAIN, "--out_dir", str(tmp_path / "b"), "--spread_weight", "1"])
