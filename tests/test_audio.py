@@ -90,7 +90,7 @@ def sine(hertz, rate):
 
 @pytest.mark.parametrize("old, new", [(22051, 16000), (15999, 48000)])      # hardly a divisor
 def test_resampling_keeps_a_sine_at_rare_rates(old, new):
-    out = resample(sine(997, old), old, new)            # a bank of `new` filters as long as `old`?
+    out = resample(sine(997, old), old, new)            # taps as long as `old` would not fit
     assert len(out) == new
     assert (out - sine(997, new))[100:-100].abs().max() < 2e-3
 
