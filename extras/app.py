@@ -25,7 +25,7 @@ sample.add_clips(commands.add_argument)
 system_of = functools.cache(lambda *flags: sample.open_system(commands.parse_args(flags)))
 
 
-def answer(own, same, prompt, seed, n, seconds, decoder, path, words, strength, results):
+def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, strength, results):
     """Do what a command does: a warning or an error, HTML of the last results, the results."""
     started, prompt = time.time(), " ".join(prompt.split())
     flags = [*own, f"--prompt={prompt}", f"--seed={seed}", f"--n={n}", f"--seconds={seconds}",
@@ -47,11 +47,11 @@ def answer(own, same, prompt, seed, n, seconds, decoder, path, words, strength, 
         clips, folder = write(sample.file_names([prompt], n, seed).values(), mels, wavs)
     except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
         line = " ".join(str(e).replace(os.environ["GRADIO_TEMP_DIR"], "").split())
-        return html.escape(line), same, results
+        return html.escape(line), unchanged, results
     script = "-m extras.control" if path or plain != prompt else "sample.py"
     command = html.escape(f"python {script} {shlex.join(flags)}")
     clips += f"<p>{time.time() - started:.2f} s: <code>{command}</code></p>"
-    results = [(clips, folder), *results][:20]
+    results = [(clips, folder), *results][:20]              # a folder goes with its last reference
     shown = "".join(clips for clips, _ in results).replace("controls", "controls autoplay", 1)
     return html.escape(" ".join(unread.values())), shown, results
 
@@ -82,7 +82,7 @@ def build(args, own):
     import gradio as gr
     system = system_of(*own, f"--decoder={args.decoder}")
     fast = not args.teacher_steps and (open_student(args.student)[0] / "decoder").exists()
-    tokenizer, known = system.encode_text.tokenizer, "It reads any English words, with CLIP."
+    tokenizer, known = system.encode_text.tokenizer, "It reads any English word, through CLIP."
     if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):    # else it has every word
         words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         known = f"It knows {len(words)} words: {', '.join(words)}."
@@ -107,7 +107,7 @@ def build(args, own):
         gr.on([x.change for x in asked], None, js=LATER)    # all is still for 0.3 s
         make.click(functools.partial(answer, own, gr.skip()), [*asked, shown[2]], shown,
                    api_name="answer", trigger_mode="always_last")
-    return page.queue(api_open=False, max_size=64, default_concurrency_limit=1)
+    return page.queue(api_open=False, max_size=64, default_concurrency_limit=1)  # a shared System
 
 
 def main(argv=None):
