@@ -32,6 +32,11 @@ def parse_args(argv=None):
     return train.parse_run(p, argv, "consistency")
 
 
+def ddim_timesteps(steps, T):
+    """Timesteps (steps + 1,) that DDIM's steps lead through: of 50 steps 0, 19, 39, ..., T."""
+    return (torch.arange(steps + 1) * (T + 1) // steps - 1).clamp(min=0)
+
+
 def consistency_function(eps, x, t, text, alpha, sigma):
     """LCM's f(x_t, t, text), a clip: eq. 1 at any t, and x itself at t = 0.
 
@@ -67,8 +72,7 @@ def main(argv=None):
             f"to T, where noise has no clip in it; pass --student_t {T}")
     require(args.ode_steps <= T // 2, f"--ode_steps {args.ode_steps}: at most {T // 2}, as this "
             f"teacher has {T + 1} timesteps")
-    grid = torch.arange(args.ode_steps + 1) * (T + 1) // args.ode_steps - 1
-    grid = grid.clamp(min=0).to(device)             # of 50 steps: 0, 19, 39, ..., T
+    grid = ddim_timesteps(args.ode_steps, T).to(device)
 
     # ---- what learns: the student; the target is its average -----------------------------------
     target = copy.deepcopy(run.student).requires_grad_(False)
