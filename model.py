@@ -164,14 +164,11 @@ UNKNOWN = ("class_embed_type num_class_embeds time_cond_proj_dim addition_embed_
 def check_fit(folder, unet, encode_text):
     """InputError unless a teacher's parts and `unet`, its own or a student's, fit each other."""
     vae, vocoder = (read_json(Path(folder) / part / "config.json") for part in ("vae", "vocoder"))
-    channels, tokenizer = vae.get("latent_channels", 4), encode_text.tokenizer
-    tokens, most = len(tokenizer), encode_text.clip.config.vocab_size
+    channels = vae.get("latent_channels", 4)
     facts = [(key, unet.config.get(key) or vae.get(key), None) for key in UNKNOWN]
     facts += [("in_channels of the UNet", unet.config["in_channels"], channels),
               ("out_channels of the UNet", unet.config["out_channels"], channels),
               ("cross_attention_dim", unet.config["cross_attention_dim"], encode_text.dim),
-              ("pad_token", tokenizer.pad_token, tokenizer.pad_token or "one that is set"),
-              ("number of the tokenizer's tokens", tokens, min(tokens, most)),
               ("vocoder's hop_size", vocoder.get("hop_size", HOP), HOP),
               ("vocoder's hop", math.prod(vocoder.get("upsample_rates", [HOP])), HOP),
               ("vocoder's sampling_rate", vocoder.get("sampling_rate", RATE), RATE)]
@@ -224,6 +221,9 @@ class TextEncoder(nn.Module):
         # transformers would otherwise round the weights to the dtype that config.json names
         self.clip = load_part(folder, encoder, pretrained(CLIPTextModel, dtype=torch.float32))
         self.tokens = self.clip.config.max_position_embeddings          # 77
+        n, most, pad = len(self.tokenizer), self.clip.config.vocab_size, self.tokenizer.pad_token
+        require(pad and n <= most, f"{folder}: its tokenizer has {n} tokens and pad_token {pad}; "
+                f"needed are a pad_token, and at most the {most} tokens of its text encoder")
         self.dim = self.adapter.proj.out_features if self.adapter else self.clip.config.hidden_size
 
     def tokenize(self, prompts, cut=True, **kw):

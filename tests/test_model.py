@@ -8,20 +8,19 @@ import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import write_checkpoint
+from conftest import VOCODER
 from diffusers import UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import CLIPTextModel
 
 import model
-import sample
 import train
 from data import InputError
 from extras.audio import mel_to_image
+from extras.random_teacher import write_vocoder
 from losses import guided, one_step
 from model import TINY, Decoder, TextEncoder, denoiser, load_scheduler, load_unet
 
@@ -37,10 +36,16 @@ def refuses(load, *args, says, **kw):
     return str(e.value)
 
 
+def change_unet(teacher, folder, **config):
+    """Write a random UNet of a teacher's settings, or of others."""
+    torch.manual_seed(1)
+    known = {**load_unet(teacher).config, **config}
+    UNet2DConditionModel.from_config(known).save_pretrained(folder)
+
+
 def write_student(folder, teacher, **more):
     """Write a student as train.py does, with random weights."""
-    torch.manual_seed(1)
-    UNet2DConditionModel.from_config(load_unet(teacher).config).save_pretrained(folder)
+    change_unet(teacher, folder)
     about = {"teacher": str(teacher), "timestep": 999, "seconds": 0.64}
     (folder / "swiftaudio.json").write_text(json.dumps({**about, **more}))
     return folder
@@ -80,45 +85,41 @@ def test_text_of_the_adapter_layout(adapter):
 
 def test_the_older_layout_s_folders_are_those_its_config_names(adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "renamed")
-    (folder / "text_encoder_0").rename(folder / "words")
-    (folder / "condition_adapter_0").rename(folder / "behind")
-    path = folder / "condition_config.json"
+    path, new = folder / "condition_config.json", {}
     listed, = json.loads(path.read_text())
-    names = {"text_encoder_name": "words", "condition_adapter_name": "behind"}
-    path.write_text(json.dumps([{**listed, **names}]))
+    for name in ("text_encoder_name", "condition_adapter_name"):
+        (folder / listed[name]).rename(folder / f"my_{name}")
+        path.write_text(json.dumps([{**listed, **new}]))
+        refuses(TextEncoder, folder, says=f"lacks {listed[name]}/")
+        new[name] = f"my_{name}"
+    path.write_text(json.dumps([{**listed, **new}]))
     assert torch.equal(TextEncoder(folder)(["a dog"]), TextEncoder(adapter)(["a dog"]))
-    for name in names:
-        path.write_text(json.dumps([{**listed, **names, name: "elsewhere"}]))
-        refuses(TextEncoder, folder, says="lacks elsewhere/")
     for several in ([listed] * 2, [], [{"condition_adapter_name": "condition_adapter_0"}]):
         path.write_text(json.dumps(several))
         refuses(TextEncoder, folder, says="must list one text_encoder_name")
 
 
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_the_text_encoder_is_not_rounded_to_the_dtype_of_its_config(broken, plain, key):
-    path = broken / "text_encoder/config.json"
-    config = json.loads(path.read_text())
-    config.pop("dtype", None)
-    path.write_text(json.dumps({**config, key: "float16"}))
+def test_the_text_encoder_is_not_rounded_to_the_dtype_of_its_config(broken, plain):
+    edit(broken / "text_encoder/config.json", dtype="float16")
     assert CLIPTextModel.from_pretrained(broken / "text_encoder").dtype == torch.float16
     rounded, exact = TextEncoder(broken)(["dog"]), TextEncoder(plain)(["dog"])
     assert rounded.dtype == torch.float32 and torch.equal(rounded, exact)
 
 
-def test_words_that_do_not_fit_are_told(plain):
+def test_words_that_do_not_fit_or_were_never_seen_are_told(plain):
     long = "dog " * 74 + "barks"
     found = TextEncoder(plain).unread([long, "fine", "犬"])      # CLIP knows every word, in pieces
     assert list(found) == [long]
     assert "81 tokens, 77 fit; cut" in found[long] and "rks" in found[long]
-
-
-def test_words_that_the_teacher_never_saw_are_told():
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "tokenizer")
-    encode_text = types.SimpleNamespace(tokenizer=tokenizer, tokens=24)
-    prompts = ["a dog barks twice", "", "rain falls", "a Dog barks, in a cathedral"]
-    (prompt, why), = TextEncoder.unread(encode_text, prompts).items()
-    assert prompt == prompts[3] and "'in', 'cathedral'" in why and "Dog" not in why.split("seen")[1]
+    unread = TextEncoder(TINY).unread
+    prompt = "a Dog barks, in a cathedral"
+    found = unread(["a dog barks twice", "", "rain falls", prompt])
+    assert found == {prompt: f"{prompt!r}: the teacher has never seen 'in', 'cathedral'"}
+    for huge in ("x" * 10_000, "dog " * 2500, "zebra " * 2000):
+        why, = unread([huge]).values()
+        assert ("never seen" in why or "24 fit; cut" in why) and len(why) < 400
+    refuses(unread, ["rain", "a dog \ud83d barks"], says="half a character")
+    assert unread([]) == {}
 
 
 # ---- the schedule, and sampling against diffusers' pipeline -------------------------------------
@@ -168,6 +169,18 @@ def test_steps_are_refused_where_they_would_not_start_from_noise_at_T_or_just_be
     assert seen == [999, 499]                                   # "trailing"
 
 
+@pytest.mark.parametrize("steps, changes", [
+    (100, {"_class_name": "LCMScheduler"}),
+    *((n, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}) for n in (2, 3))])
+def test_what_a_scheduler_refuses_is_one_line(tmp_path, steps, changes):
+    shutil.copytree(TINY / "scheduler", tmp_path / "scheduler")
+    edit(tmp_path / "scheduler/scheduler_config.json", **changes)
+    scheduler, eps = load_scheduler(tmp_path), lambda x, t, text: x
+    sample = lambda n: model.many_steps(eps, torch.ones(2, 4, 8, 8), None, scheduler, n)
+    refuses(sample, steps, says=f"{steps} steps: not with this scheduler; try others .*ValueError")
+    assert sample(20).isfinite().all()
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"prediction_type": "v_prediction"}, "PNDMScheduler.* prediction_type v_prediction"),
     ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "alpha_T.* = 0;.* above 0"),
@@ -207,23 +220,14 @@ def test_a_length_that_is_no_multiple(plain):
 
 # ---- the Python API ------------------------------------------------------------------------------
 
-def test_a_system_makes_what_sample_py_writes(student, plain, tmp_path):
-    flags = ["--prompt", "a dog", "--n", "2", "--precision", "fp32", "--device", "cpu"]
-    for name, system, more in (
-            ("student", model.load_student(student, precision="fp32", device="cpu"), []),
-            ("teacher", model.load_teacher(plain, 10, precision="fp32", device="cpu"),
-             ["--teacher_steps", "10", "--seed", "2"])):
-        sample.main([*flags, "--student", str(student), "--out", str(tmp_path / name),
-                     "--batch_size", "1", *more])
-        seed = 2 if more else 0
-        for k in range(2):
-            wav = system(["a dog"], seed=seed, k=k)
-            assert wav.shape == (1, 10240) and wav.dtype == np.float32 and np.abs(wav).max() <= 1
-            soundfile.write(tmp_path / "ours.wav", wav[0], model.RATE, "PCM_16")
-            written = (tmp_path / name / f"a-dog_seed{seed}_{k}.wav").read_bytes()
-            assert (tmp_path / "ours.wav").read_bytes() == written and wav.any()
-    both = system(["a dog", "rain"], seed=2, k=1)
-    assert both.shape == (2, 10240) and np.abs(both[0] - wav[0]).max() < 1e-3
+def test_waveforms_of_prompts(plain):
+    """What test_sample.py compares with WAVs; a prompt that comes twice has two clips."""
+    system = model.load_teacher(plain, 10, precision="fp32", device="cpu")
+    wavs = system(["rain", "a dog", "rain"], seed=2, k=1)
+    assert wavs.shape == (3, 10240) and wavs.dtype == np.float32 and np.abs(wavs).max() <= 1
+    for wav, (prompt, k) in zip(wavs, (("rain", 1), ("a dog", 1), ("rain", 2))):
+        assert np.abs(system(prompt, seed=2, k=k)[0] - wav).max() < 1e-3
+    assert np.abs(wavs[0] - wavs[2]).max() > 0.01
 
 
 @pytest.mark.parametrize("t", [999, 625])
@@ -251,18 +255,15 @@ def test_one_step_of_the_teacher_is_eq_1_guided(plain):
                                 "dtype": "torch.float32"}
 
 
-def test_latents_have_a_gradient_to_the_noise(student, plain):
-    for system in (model.load_student(student, precision="fp32", device="cpu"),
-                   model.load_teacher(plain, 10, 2, precision="fp32", device="cpu")):
-        text, z_T = system.encode_text(["dog"]), system.noise([0], 0).requires_grad_(True)
-        generator = torch.Generator().manual_seed(0)
-        w, d = torch.randn(2, *z_T.shape, generator=generator)
-        gradient, = torch.autograd.grad((system.latents(z_T, text) * w).sum(), z_T)
-        assert gradient.isfinite().all() and gradient.any()
-        with torch.no_grad():
-            ahead, behind = (system.latents(z_T + h * d, text) for h in (1e-2, -1e-2))
-        slope = ((ahead - behind).double() * w).sum() / 2e-2
-        assert (gradient * d).sum().item() == pytest.approx(slope.item(), rel=0.02)
+def test_latents_have_a_gradient_to_the_noise(plain):
+    system = model.load_teacher(plain, 10, 2, precision="fp32", device="cpu")
+    text, z_T = system.encode_text(["dog"]), system.noise([0], 0).requires_grad_(True)
+    w, d = torch.randn(2, *z_T.shape, generator=torch.Generator().manual_seed(0))
+    gradient, = torch.autograd.grad((system.latents(z_T, text) * w).sum(), z_T)
+    with torch.no_grad():
+        ahead, behind = (system.latents(z_T + h * d, text) for h in (1e-2, -1e-2))
+    slope = ((ahead - behind).double() * w).sum() / 2e-2
+    assert (gradient * d).sum().item() == pytest.approx(slope.item(), rel=0.02)
 
 
 def test_a_system_has_the_length_and_the_precision_that_are_asked_for(student, monkeypatch):
@@ -288,23 +289,23 @@ def test_fp32_is_not_tf32(student, tf32, precision):
     assert [switch.allow_tf32 for switch in tf32] == 2 * [precision == "auto"]
 
 
-def test_what_cannot_be_loaded(student, plain, tmp_path):
-    load, other = model.load_student, write_checkpoint(tmp_path / "other", dim=32)
+def test_what_cannot_be_loaded(student, plain, tmp_path, monkeypatch):
+    load = model.load_student
     refuses(load, "./nowhere", says="nowhere: no such folder")
     refuses(load, plain / "vae", says="neither a student of train.py")
     lost = write_student(tmp_path / "lost", plain)
     edit(lost / "swiftaudio.json", teacher=str(tmp_path / "gone"))
     refuses(load, lost, says="gone: no such folder.*as the teacher of .*lost, pass --teacher")
-    refuses(load, write_student(tmp_path / "x0", plain, parameterization="direct"),
-            says="x0: predicts no eps")
+    (tmp_path / "paths.json").write_text(json.dumps({str(tmp_path / "gone"): str(plain)}))
+    assert load(lost, device="cpu").folder == plain         # moved, and paths.json says where to
     for wrong in ({"decoder": "small"}, {"precision": "fp16"}):
         with pytest.raises(KeyError):
             load(student, device="cpu", **wrong)
     refuses(load, student, decoder="fast", says="decoder: not there; .*recipes.decoder")
     refuses(load, student, device="quantum", says="--device quantum: not usable here")
-    refuses(load, student, other, says="cross_attention_dim 24, the teacher has 32")
-    refuses(load_unet, student, "", fits=other, says="does not fit its teacher")
-    assert load_unet(student, "", fits=plain).config.cross_attention_dim == 24
+    refuses(load, student, TINY, says="cross_attention_dim is 24; what fits, .* 128")
+    monkeypatch.chdir(tmp_path)
+    refuses(load, says="out/student: no student there yet")
 
 
 def test_a_student_that_is_not_finite_makes_nothing(plain, tmp_path):
@@ -314,81 +315,51 @@ def test_a_student_that_is_not_finite_makes_nothing(plain, tmp_path):
     state["conv_out.bias"][0] = torch.nan
     save_file(state, path, {"format": "pt"})
     refuses(model.load_student(folder, device="cpu"), ["rain"], says=f"{folder}.*not finite")
-    refuses(sample.main, ["--student", str(folder), "--prompt", "rain", "--device", "cpu", "--out",
-                          str(tmp_path / "o")], says="not finite")
-    assert not (tmp_path / "o").exists()
 
 
 # ---- finding a model ---------------------------------------------------------------------------
 
-TEACHER = [
-    "condition_config.json", "condition_adapter_0/condition_adapter.pt",
-    "scheduler/scheduler_config.json", "text_encoder_0/config.json",
-    "text_encoder_0/model.safetensors", "text_encoder_0/vocab.json", "text_encoder/config.json",
-    "text_encoder/pytorch_model.bin", "tokenizer/merges.txt", "tokenizer/vocab.json",
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-    "vocoder/config.json", "swiftaudio.json"]
-TO_SOUND = ["vae/diffusion_pytorch_model.bin", "vocoder/vocoder.pt"]
-OF_STUDENT = [
-    "config.json", "diffusion_pytorch_model.safetensors", "decoder/config.json",
-    "decoder/diffusion_pytorch_model.safetensors"]
-OTHERS = [
-    "README.md", ".gitattributes", "big.ckpt", "x.png", "model_index.json", "checkpoint.pt",
-    "safety_checker/config.json", "safety_checker/model.safetensors",
-    "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin",
-    "text_encoder/model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors",
-    "decoder/checkpoint.pt", "assets/config.json", "feature_extractor/preprocessor_config.json"]
-
-
-@pytest.mark.parametrize("files, skip, downloaded", [
-    (model.TO_TRAIN, (), TEACHER),
-    (model.TO_HEAR, (), TEACHER + TO_SOUND),
-    (model.TO_HEAR, ["unet/diffusion*"], set(TEACHER + TO_SOUND)
-     - {"unet/diffusion_pytorch_model.safetensors"}),
-    (model.STUDENT, (), [*OF_STUDENT, "swiftaudio.json", "unet/config.json",
-                   "unet/diffusion_pytorch_model.safetensors"]),
-    (model.SETTINGS, (), ["swiftaudio.json"])])
-def test_only_files_that_are_read_are_downloaded(plain, monkeypatch, files, skip, downloaded):
-    def download(name, **patterns):
-        assert name == "someone/model-1.5"
-        found.update(filter_repo_objects(TEACHER + TO_SOUND + OF_STUDENT + OTHERS, **patterns))
-        return str(plain)
-
-    found = set()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert model.find("someone/model-1.5", files, skip) == plain and found == set(downloaded)
+NOT_READ = [
+    "README.md", ".gitattributes", "big.ckpt", "model_index.json", "checkpoint.pt", "x/config.json",
+    "safety_checker/model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.fp16.bin", "text_encoder/model.fp16.safetensors",
+    "diffusion_pytorch_model.non_ema.safetensors", "decoder/checkpoint.pt"]
 
 
 @pytest.fixture
-def hub(plain, student, tmp_path, monkeypatch):
-    """A hub with two models, which downloads into a folder beside it."""
-    there = {"someone/teacher": plain, "someone/student": student}
+def hub(plain, adapter, student, tmp_path, monkeypatch):
+    """A hub with three models, which downloads into a folder."""
+    there = {"me/teacher-1.5": plain, "me/older": adapter, "me/student": student}
 
     def download(name, **patterns):
         source, folder = there[name], tmp_path / name
         files = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
-        for file in filter_repo_objects(files, **patterns):
+        for file in filter_repo_objects([*files, *NOT_READ], **patterns):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / file, folder / file)
+            shutil.copy(source / file, folder / file)       # of NOT_READ, there is none
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return tmp_path
 
 
-def test_training_needs_no_vae_and_no_vocoder(hub, captions):
-    run = train.start(train.parse_args([
-        "--teacher", "someone/teacher", "--captions", str(captions), "--device", "cpu"]))
+def test_what_training_reads_is_downloaded(hub, captions):
+    flags = ["--captions", str(captions), "--device", "cpu", "--teacher"]
+    run = train.start(train.parse_args([*flags, "me/teacher-1.5"]))
     for part in ("vae", "vocoder"):
-        assert [p.name for p in (hub / "someone/teacher" / part).iterdir()] == ["config.json"]
-    assert run.shape == (4, 8, 8) and run.folder == hub / "someone/teacher"
+        assert [p.name for p in (hub / "me/teacher-1.5" / part).iterdir()] == ["config.json"]
+    assert run.shape == (4, 8, 8) and run.folder == hub / "me/teacher-1.5"
 
 
-def test_a_student_of_the_hub_needs_no_unet_of_its_teacher(hub, student):
+def test_what_sampling_reads_is_downloaded(hub, student, adapter):
     flags = dict(precision="fp32", device="cpu")
-    there = model.load_student("someone/student", "someone/teacher", **flags)
-    assert [p.name for p in (hub / "someone/teacher/unet").iterdir()] == ["config.json"]
+    there = model.load_student("me/student", "me/teacher-1.5", **flags)
+    assert [p.name for p in (hub / "me/teacher-1.5/unet").iterdir()] == ["config.json"]
     assert np.array_equal(there(["rain"]), model.load_student(student, **flags)(["rain"]))
+    for complete, whole in ((model.load_teacher("me/older", 1, **flags), True),
+                            (model.load_student("me/older", **flags), False)):
+        assert complete.folder == hub / "me/older" and complete(["rain"]).any()
+        assert ("steps" in complete.about) and ("guidance" in complete.about) is whole
 
 
 def test_names_and_folders(plain, tmp_path, monkeypatch):
@@ -412,21 +383,15 @@ def test_what_the_hub_says_is_told(monkeypatch):
 
 def test_settings(plain, tmp_path):
     assert model.read_settings(plain) == {"seconds": 0.64} and model.read_settings(tmp_path) == {}
-    (tmp_path / "swiftaudio.json").write_text("{")
-    refuses(model.read_settings, tmp_path, says="swiftaudio.json: is not JSON")
+    for content, says in (("{", "is not JSON"), ("[1]", "must be an object")):
+        (tmp_path / "swiftaudio.json").write_text(content)
+        refuses(model.read_settings, tmp_path, says=f"swiftaudio.json: {says}")
 
 
 # ---- what can be wrong with a model -------------------------------------------------------------
 
 def load_all(folder):
     TextEncoder(folder), load_scheduler(folder), Decoder(folder), load_unet(folder)
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "vocoder", "tokenizer", "text_encoder",
-                                  "scheduler"])
-def test_missing_part(broken, part):
-    shutil.rmtree(broken / part)
-    refuses(load_all, broken, says=f"lacks {part}/")
 
 
 @pytest.mark.parametrize("part, file, missing", [
@@ -436,12 +401,26 @@ def test_missing_part(broken, part):
     ("vocoder", "vocoder.pt", "vocoder.pt"),
     ("tokenizer", "vocab.json", ""),
     ("scheduler", "scheduler_config.json", "scheduler_config.json")])
-def test_files_that_are_cut_short_or_missing(broken, part, file, missing):
+def test_a_part_that_is_missing_cut_short_or_a_pointer(broken, part, file, missing):
     path = broken / part / file
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    refuses(load_all, broken, says=f"{broken}/{part}")
+    refuses(load_all, broken, says=f"{broken}/{part}: cannot be loaded .*Error")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refuses(load_all, broken, says=f"{broken}/{part}: .*{file} is Git LFS's pointer")
     path.unlink()
     refuses(load_all, broken, says=f"{broken}/{part}.*{missing}")
+    shutil.rmtree(broken / part)
+    refuses(load_all, broken, says=f"lacks {part}/")
+
+
+def test_what_a_library_does_not_say_of_weights(broken, monkeypatch):
+    name = "diffusion_pytorch_model{}.safetensors".format
+    shutil.copy(broken / "unet" / name(""), broken / "unet" / name(".fp16"))
+    load_unet(broken)                                       # both are there
+    (broken / "unet" / name("")).unlink()
+    refuses(load_unet, broken, says=f"in fp16 only, {name('.fp16')}; rename it without .fp16")
+    monkeypatch.setattr("os.access", lambda path, mode: False)      # as chmod 0 for any but root
+    refuses(load_unet, broken, says="unet: cannot be loaded .config.json: permission denied")
 
 
 def test_weights_with_other_keys_are_named(broken):
@@ -463,3 +442,29 @@ def test_weights_that_lack_a_tensor_are_refused(broken):
         save_file(state, path, {"format": "pt"})
         refuses(load, broken, says=f"{part}: cannot be loaded .*lacks weights, .*'{name}'")
         path.write_bytes(whole)
+
+
+OTHER_VOCODER = {**VOCODER, "upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4]}
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: [shutil.copytree(TINY / part, f / part, dirs_exist_ok=True) for part in (
+        "text_encoder", "tokenizer")], "cross_attention_dim is 24; .* 128"),
+    (lambda f: change_unet(f, f / "unet", cross_attention_dim=32), "cross_attention_dim is 32; "),
+    (lambda f: change_unet(f, f / "unet", in_channels=9), "in_channels of the UNet is 9; .* 4"),
+    (lambda f: change_unet(f, f / "unet", out_channels=8), "out_channels of the UNet is 8; .* 4"),
+    (lambda f: change_unet(f, f / "unet", num_class_embeds=4), "num_class_embeds is 4; "),
+    (lambda f: change_unet(f, f / "unet", time_cond_proj_dim=8), "time_cond_proj_dim is 8; "),
+    (lambda f: edit(f / "vae/config.json", shift_factor=0.1), "shift_factor is 0.1; "),
+    (lambda f: edit(f / "vae/config.json", latents_mean=[0] * 4), "latents_mean is "),
+    (lambda f: edit(f / "tokenizer/tokenizer_config.json", pad_token=None), "and pad_token None; "),
+    (lambda f: edit(f / "tokenizer/vocab.json", zebra=192), "has 193 tokens .* at most the 192 "),
+    (lambda f: write_vocoder(f / "vocoder", OTHER_VOCODER), "vocoder's hop is 256; .* 160"),
+    (lambda f: edit(f / "vocoder/config.json", hop_size=256), "vocoder's hop_size is 256; "),
+    (lambda f: edit(f / "vocoder/config.json", sampling_rate=22050), "sampling_rate is 22050; ")])
+def test_parts_that_do_not_fit_each_other(broken, captions, change, says):
+    model.check_fit(broken, load_unet(broken), TextEncoder(broken))
+    change(broken)
+    refuses(model.load_teacher, broken, 10, device="cpu", says=f"{broken}: .*{says}")
+    flags = ["--teacher", broken, "--captions", captions, "--device", "cpu"]
+    refuses(train.start, train.parse_args([*map(str, flags)]), says=f"{broken}: .*{says}")

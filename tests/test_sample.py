@@ -1,15 +1,16 @@
 """Clips on disk: the student in one step, its teacher in many, and what can be wrong."""
 import json
-import os
+import re
 import runpy
-import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, run, write_checkpoint
+from conftest import ROOT, refused, start
 from PIL import Image
 
 import sample
@@ -64,26 +65,20 @@ def test_the_command_line(student, tmp_path, monkeypatch, capsys):
             says=["rain_seed3_0.wav exists", "--overwrite"])
 
 
-def test_a_terminal_that_cannot_print_the_prompt(tmp_path):
-    """Its letters are replaced there, also in a warning, and kept on disk."""
-    flags = ["--student", TINY, "--prompt", "犬が吠える", "--out", "犬", "--seconds", "0.16"]
-    code, out = run("sample.py", *flags, cwd=tmp_path, env={"PYTHONIOENCODING": "cp1252"})
-    assert code == 0, out
-    assert "warning: '?????': the teacher has never seen '?????'" in out
-    assert os.path.join("?", "?????_seed0_0.wav") in out
-    assert [row["prompt"] for row in manifest(tmp_path / "犬")] == ["犬が吠える"]
-    assert (tmp_path / "犬/犬が吠える_seed0_0.wav").exists()
-
-
 def test_a_clip_is_the_same_alone_and_in_a_batch(student, tmp_path):
-    flags = ["--student", student, "--n", 2, "--precision", "fp32"]
+    """And as the Python API makes it."""
+    flags = ["--student", student, "--n", 2, "--seed", 3, "--precision", "fp32"]
     go(*flags, "--prompt", "a dog", "rain", "wind blows", "--batch_size", 5,
        "--out", tmp_path / "many")
     go(*flags, "--prompt", "rain", "--batch_size", 1, "--out", tmp_path / "one")
+    system = load_student(student, precision="fp32", device="cpu")
     for k in range(2):
-        many, one = (read(tmp_path / d, f"rain_seed0_{k}") for d in ("many", "one"))
+        many, one = (read(tmp_path / d, f"rain_seed3_{k}") for d in ("many", "one"))
         assert np.abs(many - one).max() <= 2
-    assert np.abs(one - read(tmp_path / "one", "rain_seed0_0")).max() > 2
+        wav, = system(["rain"], seed=3, k=k)
+        assert np.abs(one - 32767 * wav).max() <= 3
+    assert np.abs(one - read(tmp_path / "one", "rain_seed3_0")).max() > 2
+    assert np.abs(wav - system("rain")[0]).max() > 1e-3
     assert {row["dtype"] for row in manifest(tmp_path / "one")} == {"torch.float32"}
 
 
@@ -92,6 +87,7 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     out, flags = tmp_path / "o", ("--student", student, "--out", tmp_path / "o")
     listed = (*flags, "--prompts", tmp_path / "p.txt")
     go(*listed)
+    assert "3 prompts, of {'rows': 4" in capsys.readouterr().out
     names = ["rain_seed0_0.wav", "rain-2_seed0_0.wav", "wind_seed0_0.wav"]
     assert sorted(p.name for p in out.glob("*.wav")) == sorted(names)
 
@@ -104,43 +100,17 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
         go(*flags, "--prompt", "thunder")
     (out / "thunder_seed0_0.png").unlink()
     go(*flags, "--prompt", "thunder")
+    go(*flags, "--prompt", "犬が吠える")
     assert (out / "rain_seed0_0.wav").read_bytes() == before
-    assert [row["file"] for row in manifest(out)] == names + ["thunder_seed0_0.wav"]
-    assert [row["prompt"] for row in manifest(out)] == ["rain", "Rain!", "wind", "thunder"]
+    names += ["thunder_seed0_0.wav", "犬が吠える_seed0_0.wav"]
+    assert [row["file"] for row in manifest(out)] == names
+    assert [row["prompt"] for row in manifest(out)] == [
+        "rain", "Rain!", "wind", "thunder", "犬が吠える"]
     capsys.readouterr()
     go(*flags, "--prompt", "loud", "--prompts", tmp_path / "p.txt", "--n", 3, "--overwrite")
     printed = capsys.readouterr().out
     assert printed.count(".wav") == 10 and "12 clips, listed in" in printed
-    assert len(manifest(out)) == 13
-
-
-def test_two_processes_may_write_to_one_folder(student, tmp_path, monkeypatch):
-    flags = ("--student", student, "--out", tmp_path, "--prompt")
-
-    def open_system(*args):
-        monkeypatch.undo()
-        go(*flags, "wind")                                  # meanwhile, another process
-        return sample.open_system(*args)
-
-    monkeypatch.setattr(sample, "open_system", open_system)
-    go(*flags, "rain")
-    assert [row["prompt"] for row in manifest(tmp_path)] == ["wind", "rain"]
-
-
-def test_the_seed_and_the_number_choose_the_noise(student, tmp_path):
-    flags = ["--student", student, "--prompt", "rain", "--precision", "fp32", "--out", tmp_path]
-    go(*flags, "--seed", 3, "--n", 2)
-    system = load_student(student, precision="fp32", device="cpu")
-    for k in range(2):
-        wav, = system(["rain"], seed=3, k=k)
-        assert np.abs(read(tmp_path, f"rain_seed3_{k}") - 32767 * wav).max() <= 3
-    assert np.abs(wav - system("rain")[0]).max() > 1e-3
-
-
-@pytest.mark.parametrize("precision, allowed", [("auto", True), ("fp32", False)])
-def test_fp32_is_not_tf32(student, tmp_path, tf32, precision, allowed):
-    go("--student", student, "--prompt", "rain", "--precision", precision, "--out", tmp_path)
-    assert [switch.allow_tf32 for switch in tf32] == [allowed, allowed]
+    assert len(manifest(out)) == 14
 
 
 def test_a_name_for_every_clip():
@@ -149,6 +119,30 @@ def test_a_name_for_every_clip():
         "a-b_seed0_0.wav", "a-b-2_seed0_0.wav", "犬が吠える_seed0_0.wav", "clip_seed0_0.wav",
         "x" * 60 + "_seed0_0.wav", "a-b-2-2_seed0_0.wav"]
     assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
+    odd = ["A-2", "a", "a?", "a-2-2", "a-2!", "A", "a ", "a!", "a-3", "a-2?"]
+    slugs = []
+    for prompt in odd:                                      # the first that is free
+        base = re.sub(r"\W+", "-", prompt.lower()).strip("-")
+        numbered = [base, *(f"{base}-{i}" for i in range(2, 20))]
+        slugs.append(next(slug for slug in numbered if slug not in slugs))
+    assert [*sample.file_names(odd, 1, 0).values()] == [f"{s}_seed0_0.wav" for s in slugs]
+
+
+def test_many_prompts_that_begin_alike_are_named_in_a_few_steps_each():
+    prompts, steps = [f"{'the sound of ' * 9}event {i}" for i in range(2000)], []
+
+    def count(frame, event, arg):
+        steps.append(event)
+        assert len(steps) < 50 * len(prompts)
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)                                     # of the lines that run
+    try:
+        names = sample.file_names(prompts, 1, 0)
+    finally:
+        sys.settrace(before)
+    assert len(steps) > len(prompts) and len(set(names.values())) == len(prompts)
 
 
 def test_a_picture_has_low_frequencies_below(tmp_path):
@@ -158,102 +152,65 @@ def test_a_picture_has_low_frequencies_below(tmp_path):
     assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-4] < 10).all()
 
 
-# ---- which system it is -------------------------------------------------------------------------
+# ---- the manifest -------------------------------------------------------------------------------
 
-def test_the_teacher_in_many_steps(student, plain, tmp_path):
-    go("--student", student, "--prompt", "rain", "--teacher_steps", 11, "--guidance", 2,
-       "--out", tmp_path)
-    go("--teacher", plain, "--prompt", "wind", "--teacher_steps", 10, "--out", tmp_path)
-    assert [(row["steps"], row["guidance"], row["teacher"]) for row in manifest(tmp_path)] == [
-        (11, 2, str(plain)), (10, 7.5, str(plain))]
-
-
-def test_too_few_steps_of_the_teacher_are_refused_before_anything_is_written(plain, tmp_path):
-    for steps in (2, 9):
-        refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", steps,
-                "--device", "cpu", cwd=tmp_path, says=[f"{steps} steps", "another number"])
-    refused("sample.py", "--teacher", plain, "--prompt", "a", "--teacher_steps", 1001,
-            cwd=tmp_path, says=["--teacher_steps: 1001 must be between 1 and 1000"])
-    assert not list(tmp_path.iterdir())
+def test_two_processes_may_write_to_one_folder(student, tmp_path):
+    flags = ("--student", student, "--n", 12, "--batch_size", 1, "--out", tmp_path, "--prompt")
+    both = [start("sample.py", [*flags, prompt, "--device", "cpu"], cwd=tmp_path)
+            for prompt in ("dog", "cat")]
+    for process in both:
+        with process:
+            said = process.communicate(timeout=600)[0]
+            assert process.returncode == 0, said
+    files = sorted(p.name for p in tmp_path.glob("*.wav"))
+    assert len(files) == 24 and sorted(row["file"] for row in manifest(tmp_path)) == files
+    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_two_steps_of_a_teacher_that_starts_from_noise(tmp_path):
-    """The tiny teacher's DDIM with "trailing" steps, and the guidance that its folder names."""
-    go("--teacher", TINY, "--prompt", "rain falls", "--teacher_steps", 2, "--out", tmp_path)
-    row, = manifest(tmp_path)
-    assert (row["steps"], row["guidance"]) == (2, 2)
-    assert soundfile.info(tmp_path / "rain-falls_seed0_0.wav").frames == 40960
+def test_a_row_that_is_added_while_another_is_waits(tmp_path, monkeypatch):
+    row, read_manifest = dict(prompt="rain", seed=0, k=0), sample.read_manifest
+    add = lambda name: sample.add_to_manifest(tmp_path, {name: {"file": name, **row}})
+
+    def read(folder):
+        rows = read_manifest(folder)
+        if not others:                                      # meanwhile, another process
+            others.append(pool.submit(add, "b.wav"))
+            wait(others, 0.5)
+        return rows
+
+    others = []
+    monkeypatch.setattr(sample, "read_manifest", read)
+    with ThreadPoolExecutor() as pool:
+        add("a.wav")
+    assert [row["file"] for row in manifest(tmp_path)] == ["a.wav", "b.wav"]
 
 
-@pytest.mark.parametrize("layout", ["plain", "adapter"])
-def test_a_complete_one_step_model(request, layout, tmp_path):
-    go("--student", request.getfixturevalue(layout), "--prompt", "rain", "--out", tmp_path)
-    assert soundfile.info(tmp_path / "rain_seed0_0.wav").frames == 10240
-    refused("sample.py", "--student", request.getfixturevalue(layout), "--prompt", "rain",
-            "--teacher_steps", 10, cwd=tmp_path, says=["--teacher is needed", "made from"])
+def write_many(out, count, stop=None, **more):
+    """write_clips() of many prompts by a system that does next to nothing."""
+    def make(prompts, noise):
+        if stop in prompts:
+            raise KeyboardInterrupt
+        return torch.zeros(len(prompts), 64, 1), np.zeros((len(prompts), 8), np.float32)
+
+    args = SimpleNamespace(out=out, n=1, seed=0, overwrite=False, batch_size=50)
+    system = SimpleNamespace(make=make, noise=lambda numbers, seed: None, about={"steps": 1})
+    sample.write_clips(args, [f"p{i}" for i in range(count)], lambda: system, **more)
 
 
-# ---- prompts and length -------------------------------------------------------------------------
-
-def test_long_prompts_are_cut_with_a_warning(student, tmp_path, capsys):
-    go("--student", student, "--prompt", "dog " * 80, "--out", tmp_path)
-    warning, = (line for line in capsys.readouterr().out.splitlines() if "warning: " in line)
-    assert "77 fit; cut" in warning
-
-
-def test_what_is_no_utf_8_is_refused(student, tmp_path):
-    """A terminal of another encoding leaves such bytes in a word, a program that cuts an emoji."""
-    prompts = tmp_path / "p.json"
-    prompts.write_text('["rain", "a dog \\ud83d barks"]')
-    for flags, says in ((["--prompt", "caf\udce9"], "caf"), (["--prompts", prompts], "a dog ")):
-        refused("sample.py", "--student", student, *flags, "--device", "cpu", cwd=tmp_path,
-                says=[says, "not in UTF-8; correct it"])
-    assert not (tmp_path / "samples").exists()
+def test_what_was_made_is_listed_when_it_is_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_many(tmp_path, 200, stop="p120", more={"p1": {"words": "one"}})
+    assert [row["prompt"] for row in manifest(tmp_path)] == [f"p{i}" for i in range(100)]
+    assert [row.get("words") for row in manifest(tmp_path)] == [None, "one", *98 * [None]]
+    assert len(list(tmp_path.glob("*.wav"))) == len(list(tmp_path.glob("*.png"))) == 100
 
 
-def test_length(student, tmp_path):
-    for seconds, samples in ((0.16, 2560), (1.28, 20480)):
-        out = tmp_path / str(seconds)
-        go("--student", student, "--prompt", "a dog", "--seconds", seconds, "--out", out)
-        assert soundfile.info(out / "a-dog_seed0_0.wav").frames == samples
-    refused("sample.py", "--student", student, "--prompt", "a dog", "--seconds", 1.3,
-            "--device", "cpu", cwd=tmp_path, says=["--seconds 1.3", "0.08"])
-    refused("sample.py", "--student", student, "--prompt", "a dog", "--seconds", 31,
-            cwd=tmp_path, says=["--seconds: 31 must be between 0.16 and 30"])
-
-
-# ---- what can be wrong --------------------------------------------------------------------------
-
-def test_bad_input(student, plain, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flags, says in (
-            (["--prompt", " "], "empty prompt"), ([], "empty prompt"),
-            (["--prompt", "a", "--n", 0], "--n: 0 must be between 1 and "),
-            (["--prompt", "a", "--guidance", 3], "--guidance goes with --teacher_steps"),
-            (["--prompt", "a", "--teacher", plain, "--teacher_steps", 10, "--decoder", "fast"],
-             "--decoder fast does not go with --teacher_steps"),
-            (["--prompt", "a", "--student", student, "--decoder", "fast"], "recipes.decoder"),
-            (["--prompt", "a"], "no student there yet"),
-            (["--prompt", "a", "--student", "./nowhere"], "nowhere"),
-            (["--prompts", "no.txt"], "no.txt"),
-            (["--prompt", "a", "--student", student, "--device", "quantum"], "--device quantum"),
-            (["--prompt", "a", "--student", plain / "vae"], "neither a student")):
-        with pytest.raises(InputError, match=says):
-            go(*flags)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_student_of_another_architecture(student, tmp_path):
-    other, out = write_checkpoint(tmp_path / "other", dim=32), tmp_path / "o"
-    with pytest.raises(InputError, match="cross_attention_dim 24, the teacher has 32"):
-        go("--student", student, "--teacher", other, "--prompt", "a", "--out", out)
-    cut = tmp_path / "cut"
-    shutil.copytree(student, cut)
-    weights = cut / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match="cannot be loaded"):
-        go("--student", cut, "--prompt", "a", "--out", out)
-    assert not out.exists()
+def test_the_manifest_of_many_is_not_written_for_each_batch(tmp_path, monkeypatch):
+    written, replace_text = [], sample.replace_text
+    monkeypatch.setattr(sample, "replace_text", lambda *a: written.append(a) or replace_text(*a))
+    monkeypatch.setattr(sample, "replace_file", lambda *a: None)            # no clips
+    write_many(tmp_path, 2000)
+    assert 1 < len(written) < 25 and len(manifest(tmp_path)) == 2000        # of 40 batches
 
 
 @pytest.mark.parametrize("content, says", [
@@ -266,8 +223,59 @@ def test_a_damaged_or_foreign_manifest_is_not_overwritten(student, tmp_path, con
     assert [p.read_text() for p in tmp_path.iterdir()] == [content]
 
 
-def test_a_clip_that_cannot_be_written_is_named(student, tmp_path):
-    (tmp_path / "a_seed0_0.wav").mkdir()
-    with pytest.raises(InputError, match="a_seed0_0.wav: not "):
-        go("--student", student, "--prompt", "a", "--out", tmp_path, "--overwrite")
-    assert not (tmp_path / "manifest.json").exists()
+def test_what_cannot_be_written_is_named(student, tmp_path):
+    for name, listed in (("a_seed0_0.wav", []), ("b_seed0_0.png", ["b_seed0_0.wav"])):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=f"{name}: not "):
+            go("--student", student, "--prompt", name[0], "--out", tmp_path, "--overwrite")
+        assert [row["file"] for row in sample.read_manifest(tmp_path)] == listed
+
+
+# ---- which system it is, and of what -------------------------------------------------------------
+
+def test_the_teacher_in_many_steps(student, plain, tmp_path):
+    go("--student", student, "--prompt", "rain", "--teacher_steps", 11, "--guidance", 2,
+       "--out", tmp_path)
+    go("--teacher", plain, "--prompt", "wind", "--teacher_steps", 10, "--out", tmp_path)
+    go("--teacher", TINY, "--prompt", "rain falls", "--teacher_steps", 2, "--out", tmp_path)
+    assert [(row["steps"], row["guidance"], row["teacher"]) for row in manifest(tmp_path)] == [
+        (11, 2, str(plain)), (10, 7.5, str(plain)), (2, 2, str(TINY))]
+    assert soundfile.info(tmp_path / "rain-falls_seed0_0.wav").frames == 40960
+
+
+@pytest.mark.parametrize("layout", ["plain", "adapter"])
+def test_a_complete_one_step_model(request, layout, tmp_path):
+    folder = request.getfixturevalue(layout)
+    for seconds, samples in ((None, 10240), (0.16, 2560), (1.28, 20480)):
+        out = tmp_path / str(seconds)
+        go("--student", folder, "--prompt", "rain", "--out", out,
+           *(["--seconds", seconds] if seconds else []))
+        assert soundfile.info(out / "rain_seed0_0.wav").frames == samples
+
+
+def test_what_is_not_read_of_prompts_is_told_in_short(student, tmp_path, capsys):
+    prompts = [f"{i} {'dog ' * 2500}" for i in range(12)]
+    go("--student", student, "--prompt", *prompts, "--seconds", 0.16, "--out", tmp_path)
+    *warnings, last = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning: ")]
+    assert len(warnings) == 9 and all("77 fit; cut" in warning for warning in warnings)
+    assert max(map(len, warnings)) < 200 and last == "warning: 12 prompts are not read whole"
+
+
+def test_bad_input(student, plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji.json").write_text('["rain", "a dog \\ud83d barks"]')
+    for flags, says in (
+            (["--prompt", " "], "empty prompt"), ([], "empty prompt"),
+            (["--prompt", "a", "--n", 0], "--n: 0 must be between 1 and "),
+            (["--prompt", "a", "--guidance", 3], "--guidance goes with --teacher_steps"),
+            (["--prompt", "a", "--teacher", plain, "--teacher_steps", 10, "--decoder", "fast"],
+             "--decoder fast does not go with --teacher_steps"),
+            (["--prompt", "a", "--student", plain, "--teacher_steps", 10], "--teacher is needed"),
+            (["--prompt", "a", "--teacher", plain, "--teacher_steps", 2], "2 steps: .*another num"),
+            (["--prompt", "a", "--student", student, "--seconds", 1.3], "--seconds 1.3: .*0.08"),
+            (["--prompt", "caf\udce9", "--student", student], "caf.*not in UTF-8; correct it"),
+            (["--prompts", "emoji.json", "--student", student], "a dog .*not in UTF-8; correct"),
+            (["--prompts", "no.txt"], "no.txt")):
+        with pytest.raises(InputError, match=says):
+            go(*flags)
+    assert [p.name for p in tmp_path.iterdir()] == ["emoji.json"]
