@@ -20,27 +20,21 @@ def parse(type, *flags):
     return parser.parse_args(flags).flag
 
 
-@pytest.mark.parametrize("type, text, value", [
-    (number(int), "0", 0), (number(int, 1, 5), "5", 5), (number(float), "1e-5", 1e-5),
-    (number(float, 0.16, 30), "0.16", 0.16), (number(int), "1" + 17 * "0", 10 ** 17)])
-def test_numbers_within_their_bounds(type, text, value):
-    assert parse(type, "--flag", text) == value
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--flag=0"], "--flag: 0 must be between 1 and 1e+38"),
-    (["--flag=nan"], "--flag: nan must be between 0 and 0.5"),
-    (["--flag=0.51"], "--flag: 0.51 must be between 0 and 0.5"),
-    (["--flag=1.5"], "--flag: invalid int value: '1.5'"),
-    (["--flag=much"], "--flag: invalid float value: 'much'"),
-    (["--flag=1", "--other"], "unrecognized arguments: --other"),
-    (["--fla=1"], "unrecognized arguments: --fla=1"),
-    (["--flag"], "--flag: expected one argument")])
-def test_flags_that_are_wrong_are_one_line(flags, says):
-    kind = number(float, 0, 0.5) if says.endswith(("0.5", "'much'")) else number(int, 1)
-    with pytest.raises(InputError) as e:
-        parse(kind, *flags)
-    assert str(e.value) == says
+@pytest.mark.parametrize("kind, flags, found", [
+    (number(int), ["--flag=0"], 0), (number(int, 1, 5), ["--flag=5"], 5),
+    (number(float), ["--flag", "1e-5"], 1e-5), (number(int), ["--flag=1" + 17 * "0"], 10 ** 17),
+    (number(int, 1), ["--flag=0"], "--flag: 0 must be between 1 and 1e+38"),
+    (number(float, 0, 0.5), ["--flag=nan"], "--flag: nan must be between 0 and 0.5"),
+    (number(float, 0, 0.5), ["--flag=0.51"], "--flag: 0.51 must be between 0 and 0.5"),
+    (number(int), ["--flag=1.5"], "--flag: invalid int value: '1.5'"),
+    (number(float), ["--flag=much"], "--flag: invalid float value: 'much'"),
+    (number(int), ["--flag"], "--flag: expected one argument"),
+    (number(int), ["--fla=1"], "unrecognized arguments: --fla=1")])
+def test_numbers_within_their_bounds_or_one_line(kind, flags, found):
+    try:
+        assert parse(kind, *flags) == found
+    except InputError as e:
+        assert str(e) == found
 
 
 def test_help_shows_defaults_and_the_first_paragraph(capsys):
@@ -58,27 +52,20 @@ def fail(error):
     raise error
 
 
-@pytest.mark.parametrize("error, line", [
+@pytest.mark.parametrize("error, code", [
     (FileNotFoundError(2, "No such file or directory", "a.wav"),
      "error: [Errno 2] No such file or directory: 'a.wav'"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\n"), "error: CUDA out of memory. Tried"),
     (InputError("Error(s) in loading:\n\tMissing key(s): 'w'.\n"),
-     "error: Error(s) in loading: Missing key(s): 'w'.")])
-def test_what_the_user_or_the_file_system_did_is_one_line(error, line):
+     "error: Error(s) in loading: Missing key(s): 'w'."),       # Python prints it and ends with 1
+    (KeyboardInterrupt, 130)])
+def test_exit_codes(error, code, capsys):
     with pytest.raises(SystemExit) as e:
         cli(lambda: fail(error))
-    assert e.value.code == line                             # Python prints it and ends with 1
-
-
-def test_exit_codes(capsys):
-    for code in (143, 1):                                   # the one that main returns
-        with pytest.raises(SystemExit) as e:
-            cli(lambda: code)
-        assert e.value.code == code
-    assert cli(lambda: None) is None and cli(lambda: 0) is None
+    assert e.value.code == code and capsys.readouterr() == ("", "")
     with pytest.raises(SystemExit) as e:
-        cli(lambda: fail(KeyboardInterrupt))
-    assert e.value.code == 130 and capsys.readouterr() == ("", "")
+        cli(lambda: 143)                                    # main's own
+    assert e.value.code == 143 and cli(lambda: None) is None and cli(lambda: 0) is None
     with pytest.raises(KeyError):                           # a mistake in the program
         cli(lambda: fail(KeyError("odd")))
 
@@ -112,13 +99,10 @@ def test_the_streams_of_a_notebook_are_its_own(monkeypatch):
 
 def test_files_that_are_not_json_are_named(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('{"words": "café"}', encoding="utf-8")
-    assert read_json(path) == {"words": "café"}
     for content in (b"", b"{", b"caf\xe9"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="a.json: is not JSON") as e:
+        with pytest.raises(InputError, match="a.json: is not JSON.*[^\n]$"):
             read_json(path)
-        assert "\n" not in str(e.value)
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
@@ -156,20 +140,14 @@ def test_the_old_file_stays_when_saving_fails(tmp_path, error, says):
 
 def test_a_rename_that_fails_once_is_tried_again(tmp_path, monkeypatch):
     """As virus scanners and network drives make it."""
-    rename, failed = Path.replace, []
-
-    def replace(source, target):
-        if not failed:
-            failed.append(source)
-            raise PermissionError(13, "used by another process")
-        return rename(source, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
+    rename, tries = Path.replace, []
+    monkeypatch.setattr(Path, "replace", lambda source, target: tries.append(target) or (
+        rename(source, target) if len(tries) > 1 else fail(PermissionError(13, "in use"))))
     replace_text(tmp_path / "a.txt", "after")
-    assert failed and (tmp_path / "a.txt").read_text() == "after"
+    assert len(tries) == 2 and (tmp_path / "a.txt").read_text() == "after"
 
 
-def test_one_at_a_time(tmp_path):
+def test_one_at_a_time(tmp_path, monkeypatch):
     def enter(path, **how):
         with locked(path, **how):
             order.append("other")
@@ -186,10 +164,6 @@ def test_one_at_a_time(tmp_path):
                 pool.submit(enter, tmp_path / "run", wait=False).result()
         pool.submit(enter, tmp_path / "run", wait=False).result()
     assert order == ["this", "other", "other"]
-
-
-def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr("data.FileLock.acquire", lambda lock: fail(NotImplementedError()))
-    with locked(tmp_path / "a.json", wait=False):
-        replace_text(tmp_path / "a.json", "{}")
-    assert read_json(tmp_path / "a.json") == {}
+    enter(tmp_path / "none")                                # where the file system has no locks
+    assert len(order) == 4

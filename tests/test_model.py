@@ -70,7 +70,7 @@ def test_text_of_the_plain_layout(plain):
     assert not any(p.requires_grad for p in encode_text.parameters())
 
 
-def test_text_of_the_adapter_layout(adapter):
+def test_text_of_the_adapter_layout(adapter, tmp_path):
     encode_text = TextEncoder(adapter)
     ids = encode_text.tokenizer("a dog", return_tensors="pt").input_ids
     hidden = CLIPTextModel.from_pretrained(adapter / "text_encoder_0")(ids).last_hidden_state
@@ -82,18 +82,16 @@ def test_text_of_the_adapter_layout(adapter):
     torch.testing.assert_close(both[:1], expected, rtol=1e-4, atol=1e-5)
     assert encode_text([""]).abs().max() == 0
 
-
-def test_the_older_layout_s_folders_are_those_its_config_names(adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "renamed")
     path, new = folder / "condition_config.json", {}
     listed, = json.loads(path.read_text())
-    for name in ("text_encoder_name", "condition_adapter_name"):
+    for name in ("text_encoder_name", "condition_adapter_name"):    # its folders' names are free
         (folder / listed[name]).rename(folder / f"my_{name}")
         path.write_text(json.dumps([{**listed, **new}]))
         refuses(TextEncoder, folder, says=f"lacks {listed[name]}/")
         new[name] = f"my_{name}"
     path.write_text(json.dumps([{**listed, **new}]))
-    assert torch.equal(TextEncoder(folder)(["a dog"]), TextEncoder(adapter)(["a dog"]))
+    assert torch.equal(TextEncoder(folder)(["a dog"]), both[:1])
     for several in ([listed] * 2, [], [{"condition_adapter_name": "condition_adapter_0"}]):
         path.write_text(json.dumps(several))
         refuses(TextEncoder, folder, says="must list one text_encoder_name")
@@ -150,35 +148,20 @@ def test_many_steps_equal_the_pipeline(plain, guidance):
     assert torch.equal(again, mine)                             # PNDM's history is not kept
 
 
-def test_steps_are_refused_where_they_would_not_start_from_noise_at_T_or_just_below(plain):
-    scheduler = load_scheduler(plain)                           # PNDM, "leading" spacing
-    z, seen = torch.randn(1, 4, 8, 8), []
-
-    def eps(x, t, text):
-        seen.append(t.item())
-        return x
-
-    for steps, first in ((2, 501), (6, 831), (9, 889), (1000, 1000)):   # of 0 to 999
-        refuses(model.many_steps, eps, z, None, scheduler, steps,
-                says=f"{steps} steps: .* t = {first}, not")
-    assert not seen
-    model.many_steps(eps, z, None, scheduler, 10)
-    assert seen[0] == 901
-    seen.clear()
-    model.many_steps(eps, z, None, load_scheduler(TINY), 2)
-    assert seen == [999, 499]                                   # "trailing"
-
-
-@pytest.mark.parametrize("steps, changes", [
-    (100, {"_class_name": "LCMScheduler"}),
-    *((n, {"_class_name": "PNDMScheduler", "skip_prk_steps": False}) for n in (2, 3))])
-def test_what_a_scheduler_refuses_is_one_line(tmp_path, steps, changes):
-    shutil.copytree(TINY / "scheduler", tmp_path / "scheduler")
-    edit(tmp_path / "scheduler/scheduler_config.json", **changes)
-    scheduler, eps = load_scheduler(tmp_path), lambda x, t, text: x
-    sample = lambda n: model.many_steps(eps, torch.ones(2, 4, 8, 8), None, scheduler, n)
-    refuses(sample, steps, says=f"{steps} steps: not with this scheduler; try others .*ValueError")
-    assert sample(20).isfinite().all()
+@pytest.mark.parametrize("steps, changes, says", [
+    *((n, {}, f"starts at t = {t}, not just below 999") for n, t in (
+        (2, 501), (6, 831), (9, 889), (1000, 1000))),       # PNDM as it is, "leading": 901 for 10
+    (100, {"_class_name": "LCMScheduler"}, "not with this scheduler; try others .ValueError"),
+    *((n, {"skip_prk_steps": False, "timestep_spacing": "trailing"}, "not with this scheduler; try")
+      for n in (2, 3))])
+def test_numbers_of_steps_that_a_scheduler_does_not_have(broken, steps, changes, says):
+    edit(broken / "scheduler/scheduler_config.json", **changes)
+    scheduler, seen = load_scheduler(broken), []
+    eps = lambda x, t, text: seen.append(int(t[0])) or x
+    sample = lambda steps: model.many_steps(eps, torch.ones(2, 4, 8, 8), None, scheduler, steps)
+    refuses(sample, steps, says=f"{steps} steps: .*{says}")
+    assert changes or not seen
+    assert sample(10).isfinite().all() and seen[-1] < 100
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -255,18 +238,7 @@ def test_one_step_of_the_teacher_is_eq_1_guided(plain):
                                 "dtype": "torch.float32"}
 
 
-def test_latents_have_a_gradient_to_the_noise(plain):
-    system = model.load_teacher(plain, 10, 2, precision="fp32", device="cpu")
-    text, z_T = system.encode_text(["dog"]), system.noise([0], 0).requires_grad_(True)
-    w, d = torch.randn(2, *z_T.shape, generator=torch.Generator().manual_seed(0))
-    gradient, = torch.autograd.grad((system.latents(z_T, text) * w).sum(), z_T)
-    with torch.no_grad():
-        ahead, behind = (system.latents(z_T + h * d, text) for h in (1e-2, -1e-2))
-    slope = ((ahead - behind).double() * w).sum() / 2e-2
-    assert (gradient * d).sum().item() == pytest.approx(slope.item(), rel=0.02)
-
-
-def test_a_system_has_the_length_and_the_precision_that_are_asked_for(student, monkeypatch):
+def test_a_system_has_the_length_and_the_precision_that_are_asked_for(student, tf32, monkeypatch):
     monkeypatch.setattr(model, "sampling_dtype", lambda device: torch.bfloat16)
     system = model.load_student(student, seconds=1.28, device="cpu")
     assert system.shape == (4, 8, 16) and system(["a dog"]).shape == (1, 20480)
@@ -274,19 +246,14 @@ def test_a_system_has_the_length_and_the_precision_that_are_asked_for(student, m
     refuses(model.load_student, student, seconds=1.3, says="--seconds 1.3")
 
     mels = []                           # the UNet and the VAE in bf16, what is between in fp32
-    for precision, dtype in (("fp32", torch.float32), ("auto", torch.bfloat16)):
+    for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
         system = model.load_student(student, precision=precision, device="cpu")
+        assert [switch.allow_tf32 for switch in tf32] == 2 * [precision == "auto"]
         mel, wavs = system.make(["dog", "a cat"], system.noise([0, 3], 7))
         assert system.unet.dtype == system.decoder.vae.dtype == dtype
         assert mel.dtype == torch.float32 and wavs.dtype == np.float32 and wavs.shape == (2, 10240)
         mels.append(mel)
-    assert 0 < (mels[0] - mels[1]).abs().mean() < 0.1 * mels[0].std()
-
-
-@pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_fp32_is_not_tf32(student, tf32, precision):
-    model.load_student(student, precision=precision, device="cpu")
-    assert [switch.allow_tf32 for switch in tf32] == 2 * [precision == "auto"]
+    assert 0 < (mels[0] - mels[1]).abs().mean() < 0.1 * mels[1].std()
 
 
 def test_what_cannot_be_loaded(student, plain, tmp_path, monkeypatch):
@@ -356,10 +323,9 @@ def test_what_sampling_reads_is_downloaded(hub, student, adapter):
     there = model.load_student("me/student", "me/teacher-1.5", **flags)
     assert [p.name for p in (hub / "me/teacher-1.5/unet").iterdir()] == ["config.json"]
     assert np.array_equal(there(["rain"]), model.load_student(student, **flags)(["rain"]))
-    for complete, whole in ((model.load_teacher("me/older", 1, **flags), True),
-                            (model.load_student("me/older", **flags), False)):
+    for complete in (model.load_teacher("me/older", 1, **flags),
+                     model.load_student("me/older", **flags)):
         assert complete.folder == hub / "me/older" and complete(["rain"]).any()
-        assert ("steps" in complete.about) and ("guidance" in complete.about) is whole
 
 
 def test_names_and_folders(plain, tmp_path, monkeypatch):
@@ -367,18 +333,9 @@ def test_names_and_folders(plain, tmp_path, monkeypatch):
     (tmp_path / "user/model").mkdir(parents=True)
     assert model.find("tiny", model.TO_HEAR) == TINY and model.find(plain, model.TO_HEAR) == plain
     assert model.find("user/model", model.TO_HEAR) == Path("user/model")
-    for name in ("./nowhere", "nowhere", "/no/where", "a/b/c", "~/x", "a/", "../x"):
-        refuses(model.find, name, model.TO_HEAR, says="no such folder")
-
-
-def test_what_the_hub_says_is_told(monkeypatch):
-    def fail(*args, **kw):
-        raise huggingface_hub.errors.LocalEntryNotFoundError(
-            "Cannot find an appropriate\ncached snapshot folder: unet/config.json is missing")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refuses(model.find, "someone/model", model.TO_HEAR, says="LocalEntryNotFoundError: Cannot find "
-            "an appropriate cached snapshot folder: unet/config.json is missing.*pass a folder")
+    for name in ("./nowhere", "nowhere", "a/b/c", "~/x", "a/", "me/model"):
+        says = refuses(model.find, name, model.TO_HEAR, says="no such folder, nor found on the hub")
+        assert "Error: " in says and says.endswith("; pass a folder")       # and what the hub said
 
 
 def test_settings(plain, tmp_path):
@@ -423,16 +380,6 @@ def test_what_a_library_does_not_say_of_weights(broken, monkeypatch):
     refuses(load_unet, broken, says="unet: cannot be loaded .config.json: permission denied")
 
 
-def test_weights_with_other_keys_are_named(broken):
-    path = broken / "vocoder/vocoder.pt"
-    generator = torch.load(path)["generator"]
-    bias = generator.pop("conv_pre.bias")
-    torch.save({"generator": generator}, path)
-    refuses(Decoder, broken, says="vocoder: cannot be loaded .*Missing key.*conv_pre.bias")
-    torch.save({"generator": {**generator, "conv_pre.bias": bias, "extra": bias}}, path)
-    refuses(Decoder, broken, says="vocoder: cannot be loaded .*Unexpected key.*extra")
-
-
 def test_weights_that_lack_a_tensor_are_refused(broken):
     """The libraries would leave it random."""
     for part, load in (("unet", load_unet), ("vae", Decoder), ("text_encoder", TextEncoder)):
@@ -442,6 +389,12 @@ def test_weights_that_lack_a_tensor_are_refused(broken):
         save_file(state, path, {"format": "pt"})
         refuses(load, broken, says=f"{part}: cannot be loaded .*lacks weights, .*'{name}'")
         path.write_bytes(whole)
+    path = broken / "vocoder/vocoder.pt"
+    generator = torch.load(path)["generator"]
+    bias = generator.pop("conv_pre.bias")
+    for other, says in (({}, "Missing"), ({"conv_pre.bias": bias, "odd": bias}, "Unexpected")):
+        torch.save({"generator": {**generator, **other}}, path)
+        refuses(Decoder, broken, says=f"vocoder: cannot be loaded .*{says} key")
 
 
 OTHER_VOCODER = {**VOCODER, "upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4]}
