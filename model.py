@@ -173,8 +173,8 @@ def check_fit(folder, unet, encode_text):
               ("vocoder's hop", math.prod(vocoder.get("upsample_rates", [HOP])), HOP),
               ("vocoder's sampling_rate", vocoder.get("sampling_rate", RATE), RATE)]
     for name, found, fits in facts:
-        require(found == fits, f"{folder}: a UNet or another part does not fit the others: {name} "
-                f"is {found}; what fits, or is known here, is {fits!r}")
+        require(found == fits, f"{folder}: its parts, or a student, do not fit: {name} is {found}, "
+                f"where the others, or this method, need {fits!r}")
 
 
 def load_scheduler(folder):

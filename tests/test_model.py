@@ -270,7 +270,7 @@ def test_what_cannot_be_loaded(student, plain, tmp_path, monkeypatch):
             load(student, device="cpu", **wrong)
     refuses(load, student, decoder="fast", says="decoder: not there; .*recipes.decoder")
     refuses(load, student, device="quantum", says="--device quantum: not usable here")
-    refuses(load, student, TINY, says="cross_attention_dim is 24; what fits, .* 128")
+    refuses(load, student, TINY, says="cross_attention_dim is 24, .* need 128")
     monkeypatch.chdir(tmp_path)
     refuses(load, says="out/student: no student there yet")
 
