@@ -171,7 +171,8 @@ def read_clips(path, reference):
         else:
             missing[(values or captions)[0]] = row
     names = ", ".join(list(missing)[:3]) + ", ..." * (len(missing) > 3)
-    require(found, f"{reference}: holds no recording that {path} names (looked for {names})")
+    require(found, f"{reference}: holds no recording that {path} names (looked for {names}); read "
+            f"are {', '.join(SOUNDS)}, in no folder below")
     print(f"{path}: N = {len(found)} of {len(found) + len(missing)} clips; {len(missing)} without "
           f"a recording in {reference}: {names}" + f"; {rows.count(None)} rows are not whole"
           * (None in rows))
