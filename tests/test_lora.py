@@ -8,15 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import InputError
-from lora import (
-    TARGETS,
-    inject,
-    load_lora_state,
-    lora_disabled,
-    lora_layers,
-    lora_weights,
-    save_lora,
-)
+from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_layers, save_lora
 from model import load_unet
 
 
@@ -39,45 +31,42 @@ def randomise(unet):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_equals_peft_and_off_is_the_base(unet, targets, tmp_path):
-    base, reference, keys = copy.deepcopy(unet), call(unet), set(unet.state_dict())
+def test_equals_peft_and_diffusers_and_off_is_the_base(unet, targets, tmp_path):
+    base, other, reference = copy.deepcopy(unet), copy.deepcopy(unet), call(unet)
+    memory = {name: w.data_ptr() for name, w in unet.named_parameters()}
     inject(unet, targets, rank=3, alpha=5)
     torch.testing.assert_close(call(unet), reference, rtol=1e-4, atol=1e-5)             # B = 0
-    assert keys <= set(unet.state_dict())                   # the base's weights keep their names
+    parameters = dict(unet.named_parameters())              # the base's stay, nothing is held twice
+    assert all(parameters[name].data_ptr() == place for name, place in memory.items())
 
     randomise(unet)
     on = call(unet)
     assert (on - reference).abs().max() > 1e-3
     with lora_disabled(unet):
+        with pytest.raises(ZeroDivisionError), lora_disabled(unet):
+            1 / 0
         assert torch.equal(call(unet), reference)
+    assert torch.equal(call(unet), on)
 
     save_lora(unet, tmp_path, 3, 5)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(call(theirs), on, rtol=1e-4, atol=1e-5)
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(lora_layers(unet))
-
-
-def test_diffusers_loads_it(unet, tmp_path):
-    base = copy.deepcopy(unet)
-    inject(unet, "attention", rank=3, alpha=5)
-    randomise(unet)
-    save_lora(unet, tmp_path, 3, 5)
-    base.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors",
-                           prefix="base_model.model")
-    torch.testing.assert_close(call(base), call(unet), rtol=1e-4, atol=1e-5)
+    other.load_lora_adapter(tmp_path, weight_name="adapter_model.safetensors",
+                            prefix="base_model.model")
+    torch.testing.assert_close(call(other), on, rtol=1e-4, atol=1e-5)
 
 
 def test_target_counts(unet):
-    counts = {}
-    for targets in TARGETS:
-        copied = copy.deepcopy(unet)
-        inject(copied, targets, 2, 2)
-        counts[targets] = len(lora_layers(copied))
     attentions = 2 * sum(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules())
-    convolutions = sum(type(m) is nn.Conv2d for m in unet.modules())
-    assert counts["qv"] == 2 * attentions and counts["attention"] == 4 * attentions
-    assert counts["linear"] == sum(type(m) is nn.Linear for m in unet.modules())
-    assert counts["all"] == counts["linear"] + convolutions
+    kinds = [type(m) for m in unet.modules()]
+    linear = kinds.count(nn.Linear)
+    for targets, count in (("qv", 2 * attentions), ("attention", 4 * attentions),
+                           ("linear", linear), ("all", linear + kinds.count(nn.Conv2d))):
+        inject(copied := copy.deepcopy(unet), targets, 2, 2)
+        assert len(lora_layers(copied)) == count, targets
+    with pytest.raises(InputError, match="qv"):
+        inject(nn.Sequential(nn.Linear(2, 2)), "qv")
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1),
@@ -91,31 +80,6 @@ def test_equals_the_merged_layer(layer):
     x = torch.randn(4, 6) if isinstance(layer, nn.Linear) else torch.randn(4, 6, 9, 8)
     expected = torch.func.functional_call(layer, {"weight": layer.weight + delta}, (x,))
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_layers_are_adapted_in_place(unet):
-    """The same modules and the same memory as before, so that nothing is held twice."""
-    modules = dict(unet.named_modules())
-    memory = {name: p.data_ptr() for name, p in unet.named_parameters()}
-    inject(unet, "all", 2, 2)
-    assert all(dict(unet.named_modules())[name] is m for name, m in modules.items())
-    parameters = dict(unet.named_parameters())
-    assert all(parameters[name].data_ptr() == place for name, place in memory.items())
-    new = {name for name in parameters if name not in memory}
-    assert new == {name for name in parameters if "lora_" in name}
-
-
-def test_the_seed_decides_the_adapters(plain):
-    def state(seed):
-        torch.manual_seed(seed)
-        unet = load_unet(plain)
-        inject(unet, "all", 2, 2)
-        return lora_weights(unet)
-
-    one, again, other = state(0), state(0), state(1)
-    assert all(torch.equal(one[k], again[k]) for k in one)
-    assert all(torch.equal(one[k], other[k]) == ("lora_B" in k) for k in one)
-    assert all(one[k].any() == ("lora_A" in k) for k in one)                # B is zero at first
 
 
 def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
@@ -134,7 +98,6 @@ def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
         p.data.zero_()
     assert not torch.equal(call(unet), before)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert saved.keys() == lora_weights(unet).keys()
     load_lora_state(unet, saved)
     assert torch.equal(call(unet), before)
 
@@ -142,22 +105,3 @@ def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
     for other in (narrow, dict([*saved.items()][:-1])):
         with pytest.raises(InputError, match="another --lora_rank or --lora_targets"):
             load_lora_state(unet, other)
-
-
-def test_disabling_nests_and_survives_errors(unet):
-    inject(unet, "qv", 2, 2)
-    randomise(unet)
-    on = call(unet)
-    with lora_disabled(unet):
-        off = call(unet)
-        with lora_disabled(unet):
-            pass
-        assert torch.equal(call(unet), off)
-    with pytest.raises(ZeroDivisionError), lora_disabled(unet):
-        1 / 0
-    assert torch.equal(call(unet), on) and not torch.equal(on, off)
-
-
-def test_no_match():
-    with pytest.raises(InputError, match="qv"):
-        inject(nn.Sequential(nn.Linear(2, 2)), "qv")
