@@ -228,7 +228,7 @@ def test_a_student_of_a_teacher_by_another_name_is_known_by_its_weights(tmp_path
     if fine:
         weights = train.fingerprint(model.load_unet(TINY))
     folder = untrained(tmp_path / "student")
-    about = read_settings(folder) | {"teacher": "gone", "flags": {"teacher's weights": weights}}
+    about = read_settings(folder) | {"teacher": "gone", "identity": {"teacher's weights": weights}}
     (folder / "swiftaudio.json").write_text(json.dumps(about))
     with contextlib.nullcontext() if fine else pytest.raises(InputError, match="is no student"):
         assert score.load_student(folder)[1]["teacher"] == "gone"
