@@ -36,7 +36,7 @@ def write_card(folder, metrics=None):
     require(not card or "made with SwiftAudio" in card, f"{path}: would be replaced; move it away")
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
-    name = ABSOLUTE.sub(r"\1\2", about["teacher"])
+    name = ABSOLUTE.sub(r"\1\2", about["teacher"]).removeprefix("./")      # of train.public()
     words = shlex.split(about.get("command", "python train.py"))
     small = Path(folder, "decoder/config.json").exists()
     licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"

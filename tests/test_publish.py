@@ -63,9 +63,9 @@ def test_the_command_of_a_run_without_this_machine_s_folders(
     assert capsys.readouterr().out == f"{out / 'student/README.md'}\n"
     _, text = read_card(out / "student/README.md")
     command = text.split("Trained: `")[1].split("`, 1 steps")[0]
-    expected = [Path(word).name if "/" in word else word for word in flags]
+    expected = [f"./{Path(word).name}" if "/" in word else word for word in flags]
     assert shlex.split(command) == ["python", "train.py", *expected]
-    assert str(tmp_path) not in text
+    assert str(tmp_path) not in text and "base_model" not in text
 
 
 def test_only_absolute_paths_are_cut(tmp_path):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import runs
 import torch
 from conftest import refused
 from diffusers import PNDMScheduler
@@ -42,10 +41,10 @@ def clips(plain, captions, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def student(plain, captions, tmp_path_factory):
+def student(words, tmp_path_factory):
     """A student of train.py."""
     out = tmp_path_factory.mktemp("start")
-    runs.go(plain, captions, out, "--max_steps", 1, "--lr", 0.01, "--student_t", 625)
+    train.main(words(out, "--max_steps", 1, "--lr", 0.01, "--student_t", 625))
     return out / "student"
 
 

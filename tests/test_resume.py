@@ -67,7 +67,8 @@ def during_a_step(monkeypatch, do):
     monkeypatch.setattr(train, "lora_loss", lambda *args: do() or loss(*args))
 
 
-@pytest.mark.parametrize("number", train.STOP)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT,
+                                    signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_ends_it_behind_the_step_that_is_saved(words, tmp_path, monkeypatch, capsys,
                                                         handlers, number):
     def stop():

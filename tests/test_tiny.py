@@ -404,7 +404,7 @@ def test_rows_of_a_recipe_are_trained_on_the_same_clips(tmp_path, capsys, monkey
     monkeypatch.setitem(ablate.TABLES, "long", {
         "energy": (energy, flags), "patch": (energy, f"{flags} --patch 2")})
     ablate.main(["long", "--seeds", "1", "--clips", "2", "--out", str(tmp_path)])
-    assert list(tmp_path.rglob("clips*")) == [tmp_path / "clips of seed 0.safetensors"]
+    assert list(tmp_path.rglob("clips*s")) == [tmp_path / "clips of seed 0.safetensors"]
     assert len(list(tmp_path.rglob("row second.json"))) == 2
     assert "| patch | " in capsys.readouterr().out.splitlines()[-1]
 
