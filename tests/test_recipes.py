@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import model
 import recipes.clips
+import train
 from data import InputError, caption_at, draw_batch, read_captions, sampling_noise
 from losses import diffuse, guided, one_step
 from model import denoiser, load_unet, many_steps
