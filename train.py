@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -190,8 +191,8 @@ def parse_run(p, argv, recipe=None):
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
     if given.captions:
         values |= dict.fromkeys(["captions", "caption_column", "max_captions"])
-    lost = str(values.get("captions")).startswith("./")             # by public(), from its machine
-    require(not lost, f"--captions FILE is needed: {given.init} was trained on other files")
+    lost = str(values.get("captions")).startswith("./")             # public()'s, of another machine
+    require(not lost, f"--captions FILE is needed: {given.init} does not say where its own are")
     words = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -378,6 +379,10 @@ class Run:
             dist.all_gather_object(steps, self.first_step)
             require(len(set(steps)) == 1, f"{self.out}: the processes would start at steps "
                     f"{steps}; pass an --out_dir that all of them see")
+        size = 6 * sum(w.nbytes for tensors in weights.values() for w in tensors)
+        with contextlib.suppress(OSError, NotImplementedError):     # Adam has two for each, and a
+            if shutil.disk_usage(self.out).free < size:     # file is replaced; some mounts say 0
+                self.say(f"warning: {self.out}: saving may take {size / 1e9:.1f} GB, less is free")
         self.means, self.logged, self.time = {}, self.first_step, time.time()
         self.say(f"{json.dumps(self.flags | self.identity)}\n{self.device.type}, latents "
                  f"{self.shape}, from step {self.first_step}")
