@@ -358,7 +358,8 @@ class Run:
             try:                                        # torch maps no name that is not UTF-8
                 found = torch.load(path, map_location="cpu", weights_only=True,
                                    mmap=str(path).isprintable())
-                theirs = self.args.defaults | found["flags"] | found["identity"]
+                theirs = self.args.defaults | found.get("config", {})   # of before 2026-11-30
+                theirs |= found.get("flags", {}) | found.get("identity", {})
             except Exception as e:
                 raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or start "
                                  "in another folder")
