@@ -109,7 +109,7 @@ def test_two_people_get_what_they_ask_for_and_nothing_else(pages):
     shown = [job.result()[1] for job in jobs]
     assert sorted(text.count("<code>") for text in shown) == [1, 1, 2, 2, 3, 3]
     for a, text in zip(asked, shown):
-        wav, command = re.search('"([^"]*wav)".*?<code>(.*?)</code>', text).groups()
+        wav, command = re.search(r'autoplay src="(.*?)".*?\d s: <code>(.*?)</code>', text).groups()
         _, expected, [(_, folder)] = ask(**a | {"path": "bell.wav"})
         assert [html.unescape(command)] == expected
         assert httpx.get(url + wav).content == clips(folder.name)[Path(wav).name]
