@@ -246,7 +246,8 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
         p.data.copy_(e)
     save(unet, "unet")
     # the names of published CLIP models: transformers 5.0 reads no others
-    state = {f"text_model.{name}": w for name, w in text.half().state_dict().items()}
+    state = {f"text_model.{name.removeprefix('text_model.')}": w
+             for name, w in text.half().state_dict().items()}           # earlier ones name them so
     text.save_pretrained(TEACHER / "text_encoder", state_dict=state)
     tokenizer.save_pretrained(TEACHER / "tokenizer")
 
