@@ -487,6 +487,14 @@ def public(value):
     return f"{flag}{sign}./{Path(path).name}" if Path(path).is_absolute() else value
 
 
+def save_network(folder, network, weights):
+    """Write a network's settings and weights {name: w} as diffusers reads them: each file whole."""
+    config = json.loads(network.to_json_string()) | {"_name_or_path": None}
+    replace_file(folder / "diffusion_pytorch_model.safetensors",
+                 lambda path: path.write_bytes(save(weights, {"format": "pt"})))
+    data.replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
 def save_student(run, folder, step):
     """Write the student, or its average, as sample.py and diffusers read it."""
     names, flags = [name for name, _ in run.student.named_parameters()], run.flags
@@ -496,11 +504,8 @@ def save_student(run, folder, step):
              "flags": {name: public(value) for name, value in flags.items()},
              "identity": run.identity,
              "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
-    config = json.loads(run.student.to_json_string()) | {"_name_or_path": None}
     folder.mkdir(exist_ok=True)
-    replace_file(folder / "diffusion_pytorch_model.safetensors",
-                 lambda path: path.write_bytes(save(dict(zip(names, kept)), {"format": "pt"})))
-    data.replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    save_network(folder, run.student, dict(zip(names, kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
     paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
     data.replace_text(run.out / "paths.json", json_line(paths))     # for this machine alone

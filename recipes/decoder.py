@@ -6,19 +6,17 @@ Captions are enough here too: the student makes latents, the teacher's VAE decod
 diffusers AutoencoderTiny learns to make the same picture. The same command again resumes. Writes
 to decoder/ in the student's folder: what diffusers reads, checkpoint.pt and metrics.jsonl.
 """
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import save
 from tqdm import tqdm
 
 import data
 import model
 import train
-from data import InputError, Parser, caption_at, cli, number, replace_file, replace_text, require
+from data import InputError, Parser, caption_at, cli, number, require
 from extras.metrics import blocks
 from losses import one_step
 
@@ -76,11 +74,8 @@ class DecoderRun(train.Run):
     """train.py's run: the same checkpoint, log, signals and lock, but another result."""
 
     def save_result(self, step):
-        state = {name: w.contiguous() for name, w in self.network.state_dict().items()}
-        config = json.loads(self.network.to_json_string()) | {"_name_or_path": None}
-        replace_file(self.out / "diffusion_pytorch_model.safetensors",
-                     lambda path: path.write_bytes(save(state, {"format": "pt"})))
-        replace_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        weights = {name: w.contiguous() for name, w in self.network.state_dict().items()}
+        train.save_network(self.out, self.network, weights)
 
 
 @torch.no_grad()
