@@ -182,6 +182,9 @@ def csv_rows(path, text, delimiter):
     except csv.Error as e:
         raise InputError(f"{path}: row {len(rows) + 1}: a quote is misplaced or not closed ({e})")
     names = table.fieldnames or []
+    others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
+    require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
+            f"{path.suffix} has {delimiter!r}; convert it")
     require(len(set(names)) == len(names), f"{path}: one name twice: {names}")
     for n, row in enumerate(rows, 1):
         require(None not in row, f"{path}: row {n} has more cells than the header, {len(names)}; "

@@ -93,7 +93,8 @@ def test_what_is_no_caption_is_left_out_and_counted(tmp_path, name, content, lef
     # what has no evidence
     ("wrong.csv", "id,words\n1,rain\n",
      "row 1 has ['id', 'words'] but no 'caption'; rename one, or train with --caption_column"),
-    ("semi.csv", "id;caption\n1;A dog barks\n", "row 1 has ['id;caption'] but no 'caption'"),
+    ("semi.csv", "id;caption\n1;A dog barks\n", "separated by ';', where a .csv has ','; convert"),
+    ("tab.csv", "id\tcaption\n1\tA dog barks\n", r"separated by '\t', where a .csv"),
     ("later.jsonl", '{"text": "b"}\n{"words": "c"}\n', "row 2 has ['words'] but no"),
     ("values.json", '[["Y-abc", "a dog"], ["Ydef", "rain"]]',
      'row 1 is no caption, but ["Y-abc", "a dog"]'),
