@@ -2,15 +2,14 @@
 
     text -> CLIP embedding -> UNet (latents) -> VAE decoder (image of a log-mel) -> vocoder -> audio
 
-    from model import load_student, load_teacher
-    system = load_student("out/student")            # or load_teacher("tiny", steps=25)
+    from model import load_student
+    system = load_student("out/student")
     wavs = system(["a dog barks"], seed=0)          # (1, N) in [-1, 1] at 16 kHz, as sample.py's
 """
 import contextlib
 import math
 import os
 import runpy
-from collections import OrderedDict
 from pathlib import Path
 
 import diffusers
@@ -23,7 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from data import InputError, read_json, require, sampling_noise
-from losses import guided, one_step
+from losses import one_step
 
 transformers.utils.logging.disable_progress_bar()       # bars for reading files are noise,
 huggingface_hub.utils.enable_progress_bars()            # those for downloading are not
@@ -43,7 +42,7 @@ TO_HEAR = [*TO_TRAIN, "vae/*", "vocoder/*"]
 STUDENT = [*SETTINGS, "config.json", "diffusion_pytorch_model.*", "decoder/*", "unet/*"]
 
 
-def find(name, files, skip=(), advice="pass a folder"):
+def find(name, files, skip=()):
     """The folder of a model: "tiny", a folder, or a hub name (files, skip: what to download)."""
     path = TINY if name == "tiny" else Path(name)
     if path.is_dir():
@@ -53,7 +52,8 @@ def find(name, files, skip=(), advice="pass a folder"):
         return Path(huggingface_hub.snapshot_download(
             str(name), allow_patterns=files, ignore_patterns=skip))
     except Exception as e:
-        raise InputError(f"{name}: no such folder, nor found on the hub ({cause(e)}); {advice}")
+        raise InputError(f"{name}: no such folder, nor found on the hub ({cause(e)}); pass another,"
+                         " as --teacher if it is a student's teacher")
 
 
 def cause(error):
@@ -164,17 +164,15 @@ UNKNOWN = ("class_embed_type num_class_embeds time_cond_proj_dim addition_embed_
 def check_fit(folder, unet, encode_text):
     """InputError unless a teacher's parts and `unet`, its own or a student's, fit each other."""
     vae, vocoder = (read_json(Path(folder) / part / "config.json") for part in ("vae", "vocoder"))
-    channels = vae.get("latent_channels", 4)
-    facts = [(key, unet.config.get(key) or vae.get(key), None) for key in UNKNOWN]
-    facts += [("in_channels of the UNet", unet.config["in_channels"], channels),
-              ("out_channels of the UNet", unet.config["out_channels"], channels),
-              ("cross_attention_dim", unet.config["cross_attention_dim"], encode_text.dim),
-              ("vocoder's hop_size", vocoder.get("hop_size", HOP), HOP),
-              ("vocoder's hop", math.prod(vocoder.get("upsample_rates", [HOP])), HOP),
-              ("vocoder's sampling_rate", vocoder.get("sampling_rate", RATE), RATE)]
-    for name, found, fits in facts:
-        require(found == fits, f"{folder}: its parts, or a student, do not fit: {name} is {found}, "
-                f"where the others, or this method, need {fits!r}")
+    found = {"hop_size": HOP, "upsample_rates": [HOP], "sampling_rate": RATE, **vae, **vocoder,
+             **unet.config}
+    found["upsample_rates"] = math.prod(found["upsample_rates"])
+    needed = {key: vae.get("latent_channels", 4) for key in ("in_channels", "out_channels")}
+    needed |= {"cross_attention_dim": encode_text.dim, "hop_size": HOP, "upsample_rates": HOP,
+               "sampling_rate": RATE, **dict.fromkeys(UNKNOWN)}
+    for key, fits in needed.items():
+        require(found.get(key) == fits, f"{folder}: its parts, or a student, do not fit: {key} is "
+                f"{found.get(key)}, where the others, or this method, need {fits!r}")
 
 
 def load_scheduler(folder):
@@ -261,8 +259,8 @@ class TextEncoder(nn.Module):
 def load_adapter(path):
     """Load Auffusion's condition adapter: text -> LayerNorm(Linear(text))."""
     state = torch.load(path / "condition_adapter.pt", map_location="cpu", weights_only=True)
-    width, dim = state["proj.weight"].shape
-    adapter = nn.Sequential(OrderedDict(proj=nn.Linear(dim, width), norm=nn.LayerNorm(width)))
+    (width, dim), adapter = state["proj.weight"].shape, nn.Sequential()
+    adapter.proj, adapter.norm = nn.Linear(dim, width), nn.LayerNorm(width)
     adapter.load_state_dict(state)
     return adapter.float().requires_grad_(False)
 
@@ -334,38 +332,15 @@ def denoiser(unet, autocast=None):
     return eps
 
 
-def many_steps(eps, z_T, text, scheduler, steps):
-    """The teacher's own sampling with its scheduler; eps is guided. One step is eq. 1."""
-    if steps == 1:
-        return one_step(eps, z_T, text, *noise_schedule(scheduler, z_T.device))
-    scheduler = type(scheduler).from_config(scheduler.config)           # with no history
-
-    def call(method, *args, **kw):
-        try:
-            return method(*args, **kw)
-        except Exception as e:                          # of LCM above 50 steps, PNDM below 4
-            raise InputError(f"{steps} steps: not with this scheduler; try others ({cause(e)})")
-
-    call(scheduler.set_timesteps, steps, device=z_T.device)
-    first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
-    require(0.9 * T <= first <= T, f"{steps} steps: this scheduler starts at t = {first}, "
-            f"not just below {T}; ask for another number, or 1")        # "leading": 501 for 2
-    x = z_T * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        out = eps(scheduler.scale_model_input(x, t), t.expand(len(x)), text)
-        x = call(scheduler.step, out, t, x).prev_sample
-    return x
-
-
 class System:
-    """A text-to-audio model from prompts to sound, made by load_student() or load_teacher().
+    """A text-to-audio model from prompts to sound, in one step from t (T, if t is None).
 
-    Has encode_text, decoder, unet, shape (C, h, w) of the latents, seconds, and about, a dict that
-    says which system it is. steps: of the guided teacher; None: one step from t (T, if t is None).
+    Has encode_text, decoder, unet, eps, shape (C, h, w) of the latents, seconds, and about, a dict
+    that says which system it is.
     """
 
     def __init__(self, folder, unet, about, seconds=None, precision="auto", device=None, t=None,
-                 steps=None, guidance=1, small=None):
+                 small=None):
         self.device = device = pick_device(device, exact=precision == "fp32")
         dtype = {"auto": sampling_dtype(device), "fp32": torch.float32}[precision]
         self.folder, self.about = folder, {**about, "dtype": str(dtype)}
@@ -377,13 +352,10 @@ class System:
         self.unet = unet.to(device, dtype)
         self.scheduler = load_scheduler(folder)
         self.schedule = noise_schedule(self.scheduler, device)
-        self.t, self.steps = t, steps
-        self.eps = guided(denoiser(unet), self.encode_text([""]), guidance)
+        self.t, self.eps = t, denoiser(unet)
 
     def latents(self, z_T, text):
         """Latents x0 (B, C, h, w) of noise z_T and text (B, tokens, dim), differentiable in z_T."""
-        if self.steps:
-            return many_steps(self.eps, z_T, text, self.scheduler, self.steps)
         return one_step(self.eps, z_T, text, *self.schedule, self.t)
 
     def noise(self, numbers, seed):
@@ -417,19 +389,7 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
     small = {"vae": None, "fast": folder / "decoder"}[decoder]
     require(not small or small.is_dir(), f"{small}: not there; make it: python -m recipes.decoder "
             f"--student {name}")
-    home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"],
-                advice=f"as the teacher of {name}, pass --teacher")
+    home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"])
     about = {"student": str(Path(name)), "folder": str(folder / part), "steps": 1}
     return System(home, load_unet(folder, part), about | ({"decoder": str(small)} if small else {}),
-                  seconds or made.get("seconds"), precision, device, made.get("timestep"),
-                  small=small)
-
-
-def load_teacher(name, steps, guidance=None, seconds=None, precision="auto", device=None):
-    """Load a teacher, "tiny", a folder or a hub name, to sample in `steps` steps."""
-    folder = find(name, TO_HEAR)
-    if guidance is None:
-        guidance = read_settings(folder).get("sample", {}).get("guidance", 7.5)
-    about = {"teacher": str(folder), "steps": steps, "guidance": guidance}
-    return System(folder, load_unet(folder), about, seconds, precision, device, steps=steps,
-                  guidance=guidance)
+                  seconds or made.get("seconds"), precision, device, made.get("timestep"), small)

@@ -2,7 +2,6 @@
 
     python sample.py --prompt "a dog barks twice"                       # the student in out/student
     python sample.py --prompts prompts.txt --n 4 --student USER/MODEL   # four clips a line
-    python sample.py --prompt "rain falls" --teacher_steps 25           # its teacher, many steps
 """
 import json
 import re
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 import data
 from data import Parser, cli, number, read_captions, read_json, replace_file, replace_text, require
-from model import LOG_MAX, LOG_MIN, RATE, load_student, load_teacher, open_student
+from model import LOG_MAX, LOG_MIN, RATE, load_student
 
 
 def add_system(add):
@@ -24,8 +23,6 @@ def add_system(add):
     add("--student", default="out/student",
         help="folder of train.py, or a complete one-step model: folder or hub name")
     add("--teacher", help="hub name, folder or tiny; default: the student's own")
-    add("--teacher_steps", type=number(int, 1, 1000), help="sample the teacher, in N steps")
-    add("--guidance", type=number(float), help="the teacher's; default: its folder's own, else 7.5")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), default=8, help="clips at a time")
     add("--decoder", choices=("vae", "fast"), default="vae",
@@ -36,19 +33,17 @@ def add_system(add):
 
 def open_system(args, seconds=None, prompts=()):
     """Load the System that add_system()'s flags select; warn of what it cannot read of prompts."""
-    more = dict(seconds=seconds, precision=args.precision, device=args.device)
-    if args.teacher_steps:
-        require(args.decoder == "vae", "--decoder fast does not go with --teacher_steps")
-        teacher = args.teacher or open_student(args.student)[2].get("teacher")
-        require(teacher, f"--teacher is needed: {args.student} does not say what it was made from")
-        system = load_teacher(teacher, args.teacher_steps, args.guidance, **more)
-    else:
-        require(args.guidance is None, "--guidance goes with --teacher_steps")
-        system = load_student(args.student, args.teacher, decoder=args.decoder, **more)
+    system = load_student(args.student, args.teacher, seconds, args.decoder, args.precision,
+                          args.device)
+    warn_unread(system, prompts)
+    return system
+
+
+def warn_unread(system, prompts):
+    """Say what a system cannot read of prompts."""
     lines = [*system.encode_text.unread(prompts).values()]
     for line in [*lines[:9], f"{len(lines)} prompts are not read whole"][:len(lines)]:
         print(f"warning: {line}")
-    return system
 
 
 def add_clips(add):

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -178,21 +177,19 @@ def parse_run(p, argv, recipe=None):
     recipe: whose section of the teacher's swiftaudio.json counts after "train".
     """
     argv = sys.argv[1:] if argv is None else argv
-    given, about = p.parse_args(argv), {}
-    if given.init:
-        about = model.open_student(given.init)[2]
+    given = p.parse_args(argv)
+    about = model.open_student(given.init)[2] if given.init else {}
     teacher = given.teacher or about.get("teacher", AUFFUSION)
     settings = read_settings(home := model.find(teacher, model.SETTINGS))
     values = {k: v for k, v in settings.get("train", {}).items() if k in given or not recipe}
     values |= settings.get(recipe, {})
     if "captions" in values:
         values["captions"] = str(home / values["captions"])
-    values |= {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in given}
+    values |= {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in given
+               and not str(v).startswith("./")}                     # public()'s, of elsewhere
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
     if given.captions:
         values |= dict.fromkeys(["captions", "caption_column", "max_captions"])
-    lost = str(values.get("captions")).startswith("./")             # public()'s, of another machine
-    require(not lost, f"--captions FILE is needed: {given.init} does not say where its own are")
     words = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -351,15 +348,13 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.locked.enter_context(data.locked(self.out / "run", wait=False))
-            for name in "checkpoint.pt", "student*/*", "lora/*":
-                for left in self.out.glob(f"{name}.*.tmp"):     # by a kill while it was saved
-                    left.unlink()
+            for left in self.out.rglob("*.????????.tmp"):   # by a kill while a file was saved
+                left.unlink()
         if path.exists():
             try:                                        # torch maps no name that is not UTF-8
                 found = torch.load(path, map_location="cpu", weights_only=True,
                                    mmap=str(path).isprintable())
-                theirs = self.args.defaults | found.get("config", {})   # of before 2026-11-30
-                theirs |= found.get("flags", {}) | found.get("identity", {})
+                theirs = self.args.defaults | found["flags"] | found["identity"]
             except Exception as e:
                 raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or start "
                                  "in another folder")
@@ -380,15 +375,12 @@ class Run:
             dist.all_gather_object(steps, self.first_step)
             require(len(set(steps)) == 1, f"{self.out}: the processes would start at steps "
                     f"{steps}; pass an --out_dir that all of them see")
-        size = 6 * sum(w.nbytes for tensors in weights.values() for w in tensors)
-        with contextlib.suppress(OSError, NotImplementedError):     # Adam has two for each, and a
-            if shutil.disk_usage(self.out).free < size:     # file is replaced; some mounts say 0
-                self.say(f"warning: {self.out}: saving may take {size / 1e9:.1f} GB, less is free")
         self.means, self.logged, self.time = {}, self.first_step, time.time()
         self.say(f"{json.dumps(self.flags | self.identity)}\n{self.device.type}, latents "
                  f"{self.shape}, from step {self.first_step}")
         if self.rank == 0:                              # lines after the checkpoint are dropped
-            data.replace_text(self.out / "metrics.jsonl", "".join(map(json_line, self.lines)))
+            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+            data.replace_text(self.out / "metrics.jsonl", lines)
 
     def log(self, **values):
         """Add losses (B,) or numbers to the means of the next line."""
@@ -410,7 +402,7 @@ class Run:
         self.lines.append(line)
         if self.rank == 0:              # a line that cannot be written is in the checkpoint, too
             with contextlib.suppress(OSError), open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json_line(line))
+                f.write(json.dumps(line) + "\n")
         return line
 
     def steps(self, name, *shown):
@@ -508,11 +500,7 @@ def save_student(run, folder, step):
     save_network(folder, run.student, dict(zip(names, kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
     paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
-    data.replace_text(run.out / "paths.json", json_line(paths))     # for this machine alone
-
-
-def json_line(value):
-    return json.dumps(value) + "\n"
+    data.replace_text(run.out / "paths.json", json.dumps(paths))    # for this machine alone
 
 
 if __name__ == "__main__":

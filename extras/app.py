@@ -15,6 +15,7 @@ import soundfile
 import sample
 from data import InputError, Parser, cli, number, read_captions, require
 from extras.control import invert_recording, make_weighted, parse_weights
+from extras.teacher import add_teacher, open_system
 from model import RATE, latent_shape, open_student, read_settings
 
 GENERAL = ["a dog barks twice", "rain falls softly", "a siren wails", "a bird chirps slowly"]
@@ -22,7 +23,8 @@ CLIP = '<audio controls src="gradio_api/file={0}.wav"></audio><img src="gradio_a
 LATER = "() => { clearTimeout(window.later); window.later = setTimeout(() => make.click(), 300) }"
 commands = Parser("the commands that the page shows")
 sample.add_clips(commands.add_argument)
-system_of = functools.cache(lambda *flags: sample.open_system(commands.parse_args(flags)))
+add_teacher(commands.add_argument)
+system_of = functools.cache(lambda *flags: open_system(commands.parse_args(flags)))
 
 
 def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, strength, results):
@@ -48,7 +50,8 @@ def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, stren
     except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
         line = " ".join(str(e).replace(os.environ["GRADIO_TEMP_DIR"], "").split())
         return html.escape(line), unchanged, results
-    script = "-m extras.control" if path or plain != prompt else "sample.py"
+    plain = not path and plain == prompt and not commands.parse_args(flags).teacher_steps
+    script = "sample.py" if plain else "-m extras.control"
     command = html.escape(f"python {script} {shlex.join(flags)}")
     clips += f"<p>{time.time() - started:.2f} s: <code>{command}</code></p>"
     results = [(clips, folder), *results][:20]              # a folder goes with its last reference
@@ -113,6 +116,7 @@ def build(args, own):
 def main(argv=None):
     p = Parser(__doc__)
     sample.add_system(p.add_argument)
+    add_teacher(p.add_argument)
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
     p.add_argument("--port", type=number(int, 1, 65535), default=7860, help="of the page")
     p.add_argument("--share", action="store_true", help="a public link, through gradio's servers")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import sample
 from data import Parser, cli, number, require
 from extras.audio import encode_audio, read_audio
+from extras.teacher import add_teacher, open_system
 from model import RATE
 
 WEIGHTED = re.compile(r"\(([^()]*):\s*(\d+\.?\d*|\.\d+)\s*\)")    # (rain:1.5)
@@ -96,6 +97,7 @@ def invert_recording(path, prompt, system, seed=0):
 def main(argv=None):
     p = Parser(__doc__)
     sample.add_clips(p.add_argument)
+    add_teacher(p.add_argument)
     p.add_argument("--init", metavar="WAV", help="edit this recording: start from its noise")
     p.add_argument("--init_prompt", default="", help="what --init sounds like")
     p.add_argument("--strength", type=number(float, 0, 1), default=0.2, help="1: ignore --init")
@@ -106,7 +108,7 @@ def main(argv=None):
     require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
 
     def opened():
-        system = sample.open_system(args, args.seconds, [*words.values(), args.init_prompt])
+        system = open_system(args, args.seconds, [*words.values(), args.init_prompt])
         about, noise = system.about, system.noise
         if args.init:
             start, left = invert_recording(args.init, args.init_prompt, system, args.seed)

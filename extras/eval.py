@@ -28,8 +28,9 @@ from data import number, read_json, replace_text, require
 from extras import metrics
 from extras.audio import read_audio, read_file
 from extras.metrics import SOUNDS, Cnn14, VGGish, recordings
+from extras.teacher import add_teacher, open_system
 from model import RATE, STUDENT, TO_HEAR, pick_device
-from sample import add_system, open_system, read_manifest
+from sample import add_system, read_manifest
 
 DIGITS = {"N": 0, "FD": 2, "FAD": 2, "KL": 2, "IS": 2, "CLAP": 3}       # columns, and decimals
 COMPARED = ("N", "weights", "rate", "seconds", "crop_seed", "list", "fad_reads")
@@ -297,6 +298,7 @@ def parse_args(argv=None):
                 "Auffusion's list has one each, which is caption 2 of AudioCaps' test.csv")
         add("--captions", required=True, help="csv, tsv, json or jsonl: LIST in extras/eval.py")
         add_system(add)
+        add_teacher(add)
     return p.parse_args(argv)
 
 

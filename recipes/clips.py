@@ -10,8 +10,8 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from data import InputError, caption_at, locked, number, replace_file, require
-from losses import guided
-from model import cause, denoiser, many_steps
+from losses import guided, one_step
+from model import cause, denoiser, noise_schedule
 
 
 def add_clips(add):
@@ -53,6 +53,29 @@ def keep_clips(path, about, clips):
             content = save({"clips": clips}, {"about": json.dumps(about)})
             replace_file(path, lambda temporary: temporary.write_bytes(content))
     return clips
+
+
+def many_steps(eps, z_T, text, scheduler, steps):
+    """The teacher's own sampling with its scheduler; eps is guided. One step is eq. 1."""
+    if steps == 1:
+        return one_step(eps, z_T, text, *noise_schedule(scheduler, z_T.device))
+    scheduler = type(scheduler).from_config(scheduler.config)           # with no history
+
+    def call(method, *args, **kw):
+        try:
+            return method(*args, **kw)
+        except Exception as e:                          # of LCM above 50 steps, PNDM below 4
+            raise InputError(f"{steps} steps: not with this scheduler; try others ({cause(e)})")
+
+    call(scheduler.set_timesteps, steps, device=z_T.device)
+    first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
+    require(0.9 * T <= first <= T, f"{steps} steps: this scheduler starts at t = {first}, "
+            f"not just below {T}; ask for another number, or 1")        # "leading": 501 for 2
+    x = z_T * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = eps(scheduler.scale_model_input(x, t), t.expand(len(x)), text)
+        x = call(scheduler.step, out, t, x).prev_sample
+    return x
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""What short runs of train.py leave."""
+"""What short runs of train.py leave, and teachers and students of other settings."""
 import json
 
+import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from data import InputError
 from model import load_unet
 
 LOSSES = {"vsd", "tv", "lora", "x0_std", "grad_student", "grad_lora"}
@@ -39,3 +42,29 @@ def change_teacher(folder):
     unet = load_unet(folder)
     unet.conv_in.weight.data += 1
     unet.save_pretrained(folder / "unet")
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def refuses(load, *args, says, **kw):
+    with pytest.raises(InputError, match=says) as e:
+        load(*args, **kw)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def change_unet(teacher, folder, **config):
+    """Write a random UNet of a teacher's settings, or of others."""
+    torch.manual_seed(1)
+    known = {**load_unet(teacher).config, **config}
+    UNet2DConditionModel.from_config(known).save_pretrained(folder)
+
+
+def write_student(folder, teacher, **more):
+    """Write a student as train.py does, with random weights."""
+    change_unet(teacher, folder)
+    about = {"teacher": str(teacher), "timestep": 999, "seconds": 0.64}
+    (folder / "swiftaudio.json").write_text(json.dumps({**about, **more}))
+    return folder

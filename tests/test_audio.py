@@ -16,7 +16,8 @@ from extras.audio import (
     read_audio,
     resample,
 )
-from model import LOG_MAX, LOG_MIN, load_teacher
+from extras.teacher import load_teacher
+from model import LOG_MAX, LOG_MIN
 
 # ---- the mel front end, against one written anew in numpy float64 ------------------------------
 

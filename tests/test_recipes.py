@@ -19,10 +19,10 @@ import recipes.clips
 import train
 from data import InputError, caption_at, draw_batch, read_captions, sampling_noise
 from losses import diffuse, guided, one_step
-from model import denoiser, load_unet, many_steps
+from model import denoiser, load_unet
 from recipes import arc, consistency, energy
 from recipes.arc import Discriminator, relativistic_loss
-from recipes.clips import draw_more
+from recipes.clips import draw_more, many_steps
 from recipes.energy import energy_loss
 
 pytestmark = pytest.mark.usefixtures("loaded_once")

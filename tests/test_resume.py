@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,23 +189,13 @@ def test_a_rename_that_fails_once_is_tried_again(go, half, goes_on, stays, monke
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
 def test_what_some_file_systems_lack_is_not_needed(half, goes_on, monkeypatch, error):
-    """Modes of files, numbers of free bytes, locks."""
+    """Modes of files, locks."""
     def fail(*args, **kw):
         raise error
 
-    for owner, name in ((os, "chmod"), (Path, "chmod"), (os, "statvfs"), (shutil, "disk_usage"),
-                        (FileLock, "acquire")):
+    for owner, name in ((os, "chmod"), (Path, "chmod"), (FileLock, "acquire")):
         monkeypatch.setattr(owner, name, fail)
     goes_on(half)
-
-
-def test_a_file_system_that_reports_no_room_is_a_warning(half, goes_on, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    goes_on(half)
-    assert f"warning: {half}: saving may take 0.0 GB, less is free" in capsys.readouterr().out
-    monkeypatch.undo()
-    goes_on(half)
-    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(go, half, one_step_run):

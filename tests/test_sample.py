@@ -16,7 +16,7 @@ import data
 import sample
 import train
 from data import InputError
-from model import LOG_MAX, LOG_MIN, TINY, load_student, pick_device, sampling_dtype
+from model import LOG_MAX, LOG_MIN, load_student, pick_device, sampling_dtype
 
 
 @pytest.fixture(scope="module")
@@ -215,15 +215,6 @@ def test_what_cannot_be_written_is_named(student, tmp_path):
 
 # ---- which system it is, and of what -------------------------------------------------------------
 
-def test_the_teacher_in_many_steps(student, plain, tmp_path):
-    go("--student", student, "--prompt", "rain", "--teacher_steps", 11, "--guidance", 2,
-       "--out", tmp_path)
-    go("--teacher", plain, "--prompt", "wind", "--teacher_steps", 10, "--out", tmp_path)
-    go("--teacher", TINY, "--prompt", "rain falls", "--teacher_steps", 2, "--out", tmp_path)
-    assert [(row["steps"], row["guidance"], row["teacher"]) for row in manifest(tmp_path)] == [
-        (11, 2, str(plain)), (10, 7.5, str(plain)), (2, 2, str(TINY))]
-
-
 @pytest.mark.parametrize("flags, samples", [([], 10240), (["--seconds", 1.28], 20480)])
 def test_a_complete_one_step_model_and_its_length(plain, tmp_path, flags, samples):
     go("--student", plain, "--prompt", "rain", "--out", tmp_path, *flags)
@@ -244,11 +235,6 @@ def test_bad_input(student, plain, tmp_path, monkeypatch):
     for flags, says in (
             (["--prompt", " "], "empty prompt"), ([], "empty prompt"),
             (["--prompt", "a", "--n", 0], "--n: 0 must be between 1 and "),
-            (["--prompt", "a", "--guidance", 3], "--guidance goes with --teacher_steps"),
-            (["--prompt", "a", "--teacher", plain, "--teacher_steps", 10, "--decoder", "fast"],
-             "--decoder fast does not go with --teacher_steps"),
-            (["--prompt", "a", "--student", plain, "--teacher_steps", 10], "--teacher is needed"),
-            (["--prompt", "a", "--teacher", plain, "--teacher_steps", 2], "2 steps: .*another num"),
             (["--prompt", "a", "--student", student, "--seconds", 1.3], "--seconds 1.3: .*0.08"),
             (["--prompt", "caf\udce9", "--student", student], "caf.*not in UTF-8; correct it"),
             (["--prompts", "emoji.json", "--student", student], "a dog .*not in UTF-8; correct"),

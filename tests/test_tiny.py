@@ -15,6 +15,7 @@ import sample
 import train
 from data import InputError, read_json
 from extras.metrics import load_classifier
+from extras.teacher import load_teacher
 from model import TINY, read_settings
 from recipes import energy
 from tiny import ablate, make, score, world
@@ -129,7 +130,7 @@ def test_the_world_is_built_from_nothing(tmp_path, monkeypatch):
     shapes = [{name: (w.shape, w.dtype) for name, w in load_file(
         folder / "classifier.safetensors").items()} for folder in (tmp_path, score.HERE)]
     assert shapes[0] == shapes[1]
-    assert model.load_teacher(teacher, 1)(["a dog barks"]).shape == (1, 40960)
+    assert load_teacher(teacher, 1)(["a dog barks"]).shape == (1, 40960)
 
 
 def test_the_classifier_knows_the_world():
