@@ -67,6 +67,11 @@ def captions(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def clap(tmp_path_factory):
+    return runs.write_clap(tmp_path_factory.mktemp("clap"))
+
+
 @pytest.fixture
 def tf32():
     """The two switches, on: of cuDNN's convolutions and of matrix products."""

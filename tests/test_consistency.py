@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
-from runs import SMALL, metrics, read_checkpoint
+from runs import SMALL, call, metrics, noise, of, read_checkpoint
 from safetensors.torch import load_file
 
 import model
@@ -22,14 +22,6 @@ DDIM = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False,
 ALPHA, SIGMA = model.noise_schedule(DDIM)
 
 
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def of(values, t):
-    return values[t].view(-1, 1, 1, 1)
-
-
 def ddim(steps):
     scheduler = copy.deepcopy(DDIM)
     scheduler.set_timesteps(steps)
@@ -40,8 +32,8 @@ def ddim(steps):
 def go(plain, captions, tmp_path):
     """Run the recipe in this process: (checkpoint, lines of metrics)."""
     def go(*flags):
-        consistency.main([str(f) for f in ("--teacher", plain, "--captions", captions, "--out_dir",
-                                           tmp_path, *SMALL, "--clips", 8, *flags)])
+        call(consistency.main, "--teacher", plain, "--captions", captions, "--out_dir", tmp_path,
+             *SMALL, "--clips", 8, *flags)
         return read_checkpoint(tmp_path), metrics(tmp_path)
     return go
 

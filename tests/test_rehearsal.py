@@ -23,7 +23,8 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, write_checkpoint
-from test_metrics import cnn14_state, write_clap
+from runs import write_clap
+from test_metrics import cnn14_state
 
 from extras.metrics import Cnn14, VGGish
 

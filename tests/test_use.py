@@ -3,6 +3,7 @@ import inspect
 import os
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -140,7 +141,8 @@ def apply(diff, code):
     return code
 
 
-def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
+def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(home, tmp_path):
+    """A checkpoint that does not know the flag goes on with its default, one that does here."""
     code = (ROOT / "train.py").read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(apply(FORK, code), encoding="utf-8")
     fork = runpy.run_path(str(tmp_path / "train.py"))["main"]
@@ -151,5 +153,10 @@ def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
         assert line["spread"] >= (line["x0_std"] - 1) ** 2 - 1e-6 > 0
     assert plain[0]["spread"] == pulled[0]["spread"]        # of the same first student
     assert plain[0]["grad_student"] != pulled[0]["grad_student"]
-    with pytest.raises(InputError, match="spread_weight 100.0, not 1.0"):
-        fork([*TRAIN, "--out_dir", str(tmp_path / "b"), "--spread_weight", "1"])
+    longer = [*TRAIN, "--max_steps", "3", "--out_dir"]
+    of_before = str(shutil.copytree(home / "out", tmp_path / "before"))
+    with pytest.raises(InputError, match="holds a run with spread_weight 0.0, not 1.0; start"):
+        fork([*longer, of_before, "--spread_weight", "1"])
+    fork([*longer, of_before])
+    train.main([*longer, str(tmp_path / "a")])
+    assert [len(runs.metrics(tmp_path / name)) for name in ("before", "a")] == [3, 3]
