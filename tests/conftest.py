@@ -120,13 +120,13 @@ def go(words):
     return go
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_step_run(words, tmp_path_factory):
     train.main(words(out := tmp_path_factory.mktemp("one"), "--max_steps", 1))
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_step_run(words, tmp_path_factory):
     train.main(words(out := tmp_path_factory.mktemp("two")))
     return out
