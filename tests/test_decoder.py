@@ -98,7 +98,9 @@ def test_it_learns_the_vae_s_picture_and_the_tiny_world_scores_it(tmp_path, caps
     score.main([str(student), "--clips", "4"])
     row = json.loads((tmp_path / "out/scores.json").read_text())["small decoder"]
     assert row["FD"] > 0 and 0.1 < row["log-mel error"] < 2     # after 2 steps 4.0, after 20 2.9
-    assert f"differ from the VAE's by {row['log-mel error']:.3f} ne" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"differ from the VAE's by {row['log-mel error']:.3f} ne" in said
+    assert "N = 4 held-out" in said and "N = 512; --all measures them" in said
 
 
 def test_plain_diffusers_reads_the_folder_and_sample_uses_it_and_says_so(student, tmp_path):

@@ -26,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 
 def test_a_run_and_what_it_leaves(go, plain, tmp_path, capsys):
     go(tmp_path)
-    assert "23 captions used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "23 captions used" in said
+    assert f'hear it: python sample.py --student {tmp_path / "student"} --prompt' in said
     before, after = load_unet(plain), UNet2DConditionModel.from_pretrained(tmp_path / "student")
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
     config = peft.PeftModel.from_pretrained(before, tmp_path / "lora").peft_config["default"]
