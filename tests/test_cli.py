@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import InputError, Parser, cli, locked, number, read_json, replace_file, replace_text
+from data import InputError, Parser, cli, locked, number, replace_file, replace_text
 
 
 def parse(type, *flags):
@@ -43,8 +43,6 @@ def test_help_shows_defaults_and_the_first_paragraph(capsys):
     assert "A program." in said and "More about it" not in said
     assert "of interest (default: 1)" in said
 
-
-# ---- how a program ends, and what it shows -------------------------------------------------------
 
 def fail(error):
     raise error
@@ -90,16 +88,6 @@ def test_the_streams_of_a_notebook_are_its_own(monkeypatch):
     monkeypatch.setattr(sys, "stdout", mine)
     cli(lambda: print("rain"))
     assert sys.stdout is mine and said == ["rain", "\n"]
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-def test_files_that_are_not_json_are_named(tmp_path):
-    path = tmp_path / "a.json"
-    for content in (b"", b"{", b"caf\xe9"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="a.json: is not JSON.*[^\n]$"):
-            read_json(path)
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):

@@ -23,8 +23,6 @@ def go(out, *flags, main=control.main):
     return sample.read_manifest(out)
 
 
-# ---- weights ------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("prompt, words, weights", [
     ("a (dog:2)", "a dog", [1, 1, 2, 2, 2]),
     ("(a:b: 3 ) 1:2", "a:b 1:2", [3] * 3 + [1] * 4),
@@ -105,8 +103,6 @@ def test_bad_prompts_and_recordings_are_named_before_anything_is_loaded(tmp_path
             says=["none.wav: cannot be read as audio"])
     assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
 
-
-# ---- edits --------------------------------------------------------------------------------------
 
 ALARM = ["--student", TINY, "--prompt", "an alarm beeps"]
 

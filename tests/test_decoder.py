@@ -1,4 +1,5 @@
 """The small decoder: distilled, resumed, read by plain diffusers, used in the VAE's place."""
+import functools
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ import runs
 import torch
 from conftest import write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
-from runs import read_checkpoint, same
+from runs import call, read_checkpoint, refuses, same
 from safetensors.torch import load_file, save_file
 
 import model
@@ -33,8 +34,8 @@ def trained(captions, tmp_path_factory):
     teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
     (teacher / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
     out = tmp_path_factory.mktemp("run")
-    train.main([str(f) for f in ("--teacher", teacher, "--captions", captions, "--out_dir", out,
-                                 *runs.SMALL, "--max_steps", 1, "--lora_rank", 2)])
+    call(train.main, "--teacher", teacher, "--captions", captions, "--out_dir", out, *runs.SMALL,
+         "--max_steps", 1, "--lora_rank", 2)
     return teacher, out
 
 
@@ -44,15 +45,14 @@ def student(trained, tmp_path):
 
 
 def distil(student, *flags):
-    decoder.main([str(f) for f in ("--student", student, "--clips", 8, "--batch_size", 2,
-                                   "--max_steps", 2, "--device", "cpu", *flags)])
+    call(decoder.main, "--student", student, "--clips", 8, "--batch_size", 2, "--max_steps", 2,
+         "--device", "cpu", *flags)
     return load_file(student / "decoder" / WEIGHTS)
 
 
-def test_its_checkpoint_is_like_train_s_and_a_decoder_without_one_is_kept(trained, student):
+def test_a_decoder_without_a_checkpoint_is_kept(student):
     """Such as one of a published student. tests/test_programs.py stops and resumes it."""
     found = distil(student)
-    assert read_checkpoint(student / "decoder").keys() == read_checkpoint(trained[1]).keys()
     (student / "decoder/checkpoint.pt").unlink()
     with pytest.raises(InputError, match="but no checkpoint to resume from"):
         distil(student)
@@ -116,10 +116,9 @@ def test_plain_diffusers_reads_the_folder_and_sample_uses_it_and_says_so(student
     assert torch.allclose(image_to_mel(image), system.decoder.decode(x0), atol=1e-4)
 
     for which in ("vae", "fast"):
-        sample.main(["--student", str(student), "--prompt", "a dog", "--out",
-                     str(tmp_path / which), "--decoder", which, "--device", "cpu"])
-    rows = [json.loads((tmp_path / which / "manifest.json").read_text())[0]
-            for which in ("vae", "fast")]
+        call(sample.main, "--student", student, "--prompt", "a dog", "--out", tmp_path / which,
+             "--decoder", which, "--device", "cpu")
+    rows = [sample.read_manifest(tmp_path / which)[0] for which in ("vae", "fast")]
     assert "decoder" not in rows[0] and rows[1]["decoder"] == str(student / "decoder")
     wavs = [(tmp_path / which / rows[0]["file"]).read_bytes() for which in ("vae", "fast")]
     assert wavs[0] != wavs[1] and len(wavs[0]) == len(wavs[1])
@@ -172,28 +171,21 @@ def test_a_complete_model_gets_a_decoder_that_starts_from_another(plain, caption
 
 
 def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
-    def stops(*flags, says):
-        with pytest.raises(InputError) as stopped:
-            distil(student, *flags)
-        for word in says:
-            assert word in str(stopped.value) and "\n" not in str(stopped.value)
-
-    stops("--clips", 1, says=["--clips 1", "--batch_size 2"])
-    stops("--student", "some/model", says=["some/model", "must be a folder here"])
+    stops = functools.partial(refuses, distil, student)
+    stops("--clips", 1, says="--clips 1: .* --batch_size 2")
+    stops("--student", "some/model", says="some/model: must be a folder here")
     AutoencoderTiny(**UNUSED, latent_channels=8).save_pretrained(tmp_path / "wide")
-    stops("--init", tmp_path / "wide", says=[str(tmp_path / "wide"), "does not fit"])
+    stops("--init", tmp_path / "wide", says=f"{tmp_path}/wide: .*does not fit")
     with monkeypatch.context() as patch:
         for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
             patch.setenv(name, value)
-        stops(says=["one process", "torchrun"])
+        stops(says="one process; start it without torchrun")
     assert not (student / "decoder").exists()               # nothing was written until here
 
     distil(student)
     before = (student / "decoder/checkpoint.pt").read_bytes()
-    stops("--clips", 6, says=["clips 8, not 6"])
-    (tmp_path / "others.txt").write_text("a cat\nthe rain\n")
-    stops("--captions", tmp_path / "others.txt", says=["captions' text"])
+    stops("--clips", 6, says="clips 8, not 6")
     state = load_file(student / WEIGHTS)
     save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, student / WEIGHTS)
-    stops(says=["student's weights"])                       # of as many steps, but another
+    stops(says="student's weights")                         # of as many steps, but another
     assert (student / "decoder/checkpoint.pt").read_bytes() == before

@@ -22,8 +22,6 @@ def g():
     return torch.Generator().manual_seed(0)
 
 
-# ---- the metrics -------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("n, d", [(400, 8), (30, 50)])                  # n > d and n < d
 def test_frechet_distance_has_its_closed_forms(g, n, d):
     x = torch.randn(n, d, generator=g).double()
@@ -58,8 +56,6 @@ def test_scores_equal_an_independent_float64_computation(g):
     assert some(1)["FD"] is None and some(9)["FD"] > 0
     assert some(9)["IS"] is None and some(10)["IS"] == pytest.approx(1)
 
-
-# ---- the two networks --------------------------------------------------------------------------
 
 def norm_state(name, size):
     return {f"{name}.weight": torch.rand(size) + 0.5, f"{name}.bias": 0.1 * torch.randn(size),
@@ -181,18 +177,6 @@ def test_vggish_is_its_layers(tmp_path, g):
     torch.testing.assert_close(out[1], expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_the_tiny_worlds_classifier_hears_what_it_did():
-    net = metrics.load_classifier()
-    assert not net.training and net.head.out_features == 28
-    mel = 3 * torch.sin(torch.arange(2 * 64 * 256).view(2, 64, 256) / 999) - 4
-    assert metrics.blocks(mel).shape == (2, 32, 64)
-    with torch.no_grad():
-        e, logits = net(mel)
-    assert e.shape == (2, 128) and e.min() == 0
-    assert e.mean(1).tolist() == pytest.approx([1.3127271, 1.1393423], rel=1e-4)
-    assert logits.mean(1).tolist() == pytest.approx([-15.256699, -14.523773], rel=1e-4)
-
-
 class Small(torch.nn.Linear):
     """A network to load in the place of the two, which are large."""
 
@@ -228,8 +212,6 @@ def test_a_network_is_downloaded_once(tmp_path, monkeypatch):
     found = [load_network(Small, folder, download=True) for _ in range(2)]
     assert calls == [Small.url] and torch.equal(found[1].weight, network.weight)
 
-
-# ---- folders -----------------------------------------------------------------------------------
 
 def files(folder, *names):
     folder.mkdir(exist_ok=True)

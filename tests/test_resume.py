@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,8 +50,6 @@ def stays(one_step_run):
     return stays
 
 
-# ---- signals and displays -----------------------------------------------------------------------
-
 @pytest.fixture
 def handlers():
     """Whether those of train.STOP are as they were; afterwards they are."""
@@ -84,17 +83,16 @@ def test_a_signal_ends_it_behind_the_step_that_is_saved(words, tmp_path, monkeyp
         pass
 
 
-def test_a_hangup_that_nohup_ignores_is_ignored(words, tmp_path, monkeypatch, handlers):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    during_a_step(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert train.main(words(tmp_path)) == 0
-
-
-def test_an_error_in_a_step_puts_the_handlers_back(go, tmp_path, monkeypatch, handlers):
+def test_a_hangup_is_ignored_with_nohup_and_an_error_puts_the_handlers_back(
+        words, go, tmp_path, monkeypatch, handlers):
     during_a_step(monkeypatch, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         go(tmp_path)
     assert handlers()
+    monkeypatch.undo()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    during_a_step(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert train.main(words(tmp_path)) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals, streams, locales")
@@ -117,8 +115,6 @@ def test_what_only_shows_ends_no_run(words, tmp_path, one_step_run):
     assert [line["step"] for line in metrics(out)] == [*range(1, step + 1)]
     assert json.loads((out / "student/swiftaudio.json").read_text())["step"] == step
 
-
-# ---- kills, disks and file systems --------------------------------------------------------------
 
 @pytest.mark.parametrize("where", ["checkpoint.pt", "student/diffusion_pytorch_model.safetensors"])
 def test_a_kill_between_the_files_of_a_save(go, half, goes_on, monkeypatch, where):
@@ -157,11 +153,8 @@ def test_a_full_disk_loses_nothing(words, half, stays):
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
 def test_what_some_file_systems_lack_is_not_needed(half, goes_on, monkeypatch, error):
     """Modes of files, locks."""
-    def fail(*args, **kw):
-        raise error
-
     for owner, name in ((os, "chmod"), (Path, "chmod"), (FileLock, "acquire")):
-        monkeypatch.setattr(owner, name, fail)
+        monkeypatch.setattr(owner, name, Mock(side_effect=error))
     goes_on(half)
 
 
@@ -187,8 +180,6 @@ def test_a_checkpoint_that_held_flags_and_identity_in_one_dict_goes_on(go, half,
         go(half, "--lora_rank", 8)
     goes_on(half)
 
-
-# ---- other runs ---------------------------------------------------------------------------------
 
 def test_the_same_teacher_by_another_name_resumes_and_another_does_not(
         go, plain, captions, half, goes_on, broken, monkeypatch):
@@ -243,8 +234,6 @@ def test_a_student_of_an_earlier_version_goes_on_as_a_new_run(plain, tmp_path, h
     ours = read_checkpoint(tmp_path / "new")["identity"]
     assert {k for k in ours if ours[k] != theirs["identity"][k]} == {"first student's weights"}
 
-
-# ---- what can be wrong --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, says", [
     (("--batch_size", 0), "batch_size"), (("--beta1", 1), "beta1"),

@@ -100,7 +100,6 @@ def test_files_of_prompts_overwriting_and_the_read_manifest(student, tmp_path, c
     go(*flags, "--prompt", "loud", "--prompts", tmp_path / "p.txt", "--n", 3, "--overwrite")
     printed = capsys.readouterr().out
     assert printed.count(".wav") == 10 and "12 clips, listed in" in printed
-    assert len(read_manifest(out)) == 13
 
 
 def test_a_name_for_every_clip():
@@ -116,8 +115,6 @@ def test_a_picture_has_low_frequencies_below(tmp_path):
     image = np.asarray(sample.picture(mel)).astype(int).sum(-1)
     assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-4] < 10).all()
 
-
-# ---- the manifest -------------------------------------------------------------------------------
 
 def test_two_processes_may_write_to_one_folder(student, tmp_path):
     flags = ("--student", student, "--batch_size", 1, "--out", tmp_path, "--prompt")
@@ -179,8 +176,6 @@ def test_what_cannot_be_written_is_named(student, tmp_path):
             go("--student", student, "--prompt", name[0], "--out", tmp_path, "--overwrite")
         assert [row["file"] for row in read_manifest(tmp_path)] == listed
 
-
-# ---- which system it is, and of what -------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, samples", [([], 10240), (["--seconds", 1.28], 20480)])
 def test_a_complete_one_step_model_and_its_length(plain, tmp_path, flags, samples):
