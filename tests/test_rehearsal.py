@@ -216,7 +216,7 @@ def test_the_real_run_in_small(hub, tmp_path):
     assert cells == shown.split()
 
     # ---- publishing: another machine has what is on the hub, and nothing else -------------------
-    here("python -m extras.publish card out_big/student")
+    here("python -m extras.publish out_big/student")
     card = read("out_big/student/README.md").decode()
     assert f"license: cc-by-nc-sa-4.0\nbase_model: {TEACHER}\n" in card
     assert f"`{TRAIN.format('', 'out_big')}`, 8 steps" in card and str(tmp_path) not in card
