@@ -91,14 +91,6 @@ def lora_disabled(network):
             m.enabled = enabled
 
 
-def load_lora_state(network, state):
-    """Put back what lora_weights() were; InputError where some are missing or of another shape."""
-    for k, w in lora_weights(network).items():
-        require(k in state and state[k].shape == w.shape, "made with another --lora_rank or "
-                "--lora_targets; without this folder the adapters start anew")
-        w.detach().copy_(state[k])
-
-
 def save_lora(network, folder, rank, alpha):
     """Write adapter_config.json and adapter_model.safetensors, which both libraries load.
 

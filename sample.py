@@ -20,13 +20,11 @@ from model import LOG_MAX, LOG_MIN, RATE, load_student
 
 def add_system(add):
     """Add the flags that select the system; eval and control have them too."""
-    add("--student", default="out/student",
-        help="folder of train.py, or a complete one-step model: folder or hub name")
+    add("--student", default="out/student", help="folder or hub name of it, or of a whole model")
     add("--teacher", help="hub name, folder or tiny; default: the student's own")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), default=8, help="clips at a time")
-    add("--decoder", choices=("vae", "fast"), default="vae",
-        help="fast: the small one that recipes.decoder made for the student")
+    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
     add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where it is fast")
     add("--device", help="cuda, mps or cpu; default: the first there is")
 
@@ -78,15 +76,12 @@ def picture(mel):
 
 def file_names(prompts, n, seed):
     """Name each clip readably and distinctly: {(prompt, k): a-dog-barks-twice_seed0_0.wav}."""
-    slugs, last = {}, {}                                # {slug: prompt}, {base: its last number}
+    names, count = {}, {}
     for prompt in prompts:
-        slug = base = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
-        while slug in slugs:
-            last[base] = last.get(base, 1) + 1
-            slug = f"{base}-{last[base]}"
-        slugs[slug] = prompt
-    return {(prompt, k): f"{slug}_seed{seed}_{k}.wav"
-            for slug, prompt in slugs.items() for k in range(n)}
+        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "clip"
+        count[slug] = count.get(slug, 0) + 1
+        names[prompt] = slug if count[slug] == 1 else f"{slug}.{count[slug]}"   # no slug has a dot
+    return {(p, k): f"{name}_seed{seed}_{k}.wav" for p, name in names.items() for k in range(n)}
 
 
 def read_manifest(folder):

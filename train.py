@@ -3,7 +3,7 @@
     python train.py --teacher tiny                # the embedded teacher, 2 CPU cores, 5 minutes
     python train.py --captions audiocaps.csv      # Auffusion, the paper's setting, a 48 GB GPU
     torchrun --nproc_per_node 4 train.py --captions audiocaps.csv --grad_accum 1    # on four GPUs
-    python train.py --init out/student --out_dir out2       # go on from a student, as a new run
+    python train.py --init out/student --out_dir out2       # a new run, from a student
 
 The same command again resumes, bit for bit (a GPU's own nondeterminism aside). Writes student/
 (a diffusers UNet for sample.py), lora/ (PEFT's format), checkpoint.pt, metrics.jsonl to --out_dir.
@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import data
 import model
 from data import InputError, Parser, caption_at, cli, draw_batch, number, replace_file, require
-from lora import TARGETS, inject, load_lora_state, lora_disabled, save_lora
+from lora import TARGETS, inject, lora_disabled, save_lora
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import denoiser, load_unet, read_settings
 
@@ -42,7 +42,7 @@ AUFFUSION = "auffusion/auffusion-full-no-adapter"
 def add_run(add):
     """Add what every training script has: what to distil, optimization, machine and output."""
     add("--teacher", help=f'hub name, folder, or "tiny"; default: {AUFFUSION}')
-    add("--init", metavar="STUDENT", help="start from this student, with its run's flags")
+    add("--init", metavar="STUDENT", help="start from this student, of this or another teacher")
     add("--captions", help="csv, tsv, txt, json or jsonl file")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--max_captions", type=count, help="use only the first N")
@@ -60,12 +60,10 @@ def add_run(add):
     add("--weight_decay", type=positive, default=0.01, help="AdamW's")
     add("--grad_clip", type=positive, default=1.0, help="largest gradient norm; 0: no limit")
     add("--warmup", type=number(int), default=0, help="steps of linear warm-up")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False,
-        help="linear decay of all rates to zero at max_steps")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="of all rates, to 0")
     add("--ema", type=beta, default=0.0, help="average the saved student")
     add("--device", help="cuda, mps or cpu; default: the first there is")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="bf16: autocast with fp32 weights; auto: bf16 on a GPU that has it")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU")
     add("--compile", action="store_true", help="torch.compile the UNets")
     add("--checkpointing", action="store_true", help="recompute activations to save memory")
     add("--save_every", type=count, default=500, help="steps between checkpoints")
@@ -107,8 +105,6 @@ def main(argv=None):
     # Two networks: the student, and a frozen UNet with adapters.
     torch.manual_seed(args.seed)
     adapters = inject(run.unet, args.lora_targets, args.lora_rank, args.lora_alpha)
-    if args.init:
-        load_adapters(run)
     weights = {"student": list(run.student.parameters()), "lora": adapters}
     rates = {"student": args.lr, "lora": args.lora_lr}
     opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
@@ -166,15 +162,10 @@ def main(argv=None):
 
 # ---- flags of several sources; from here on, what recipes/ use too -------------------------------
 
-# The flags that --init takes over from the run that made the student, unless they are given.
-KEPT = ("captions caption_column max_captions guidance lora_guidance lora_weighting tv tv_weight "
-        "lora_rank lora_alpha lora_targets lora_drop t_min t_max").split()
-
-
 def parse_run(p, argv, recipe=None):
-    """Parse a training script's flags: those given, else --init's, else the teacher's own.
+    """Parse a training script's flags: those given, else the teacher's own of swiftaudio.json.
 
-    recipe: whose section of the teacher's swiftaudio.json counts after "train".
+    recipe: whose section there counts after "train". The step of --init's student stays as it was.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args(argv)
@@ -185,8 +176,6 @@ def parse_run(p, argv, recipe=None):
     values |= settings.get(recipe, {})
     if "captions" in values:
         values["captions"] = str(home / values["captions"])
-    values |= {k: v for k, v in about.get("flags", {}).items() if k in KEPT and k in given
-               and not str(v).startswith("./")}                     # public()'s, of elsewhere
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
     if given.captions:
         values |= dict.fromkeys(["captions", "caption_column", "max_captions"])
@@ -195,7 +184,7 @@ def parse_run(p, argv, recipe=None):
     try:
         args = p.parse_args([*words, *argv])
     except InputError as e:                             # of these words: argv alone was fine
-        raise InputError(f"{home / 'swiftaudio.json'}{f' or {given.init}' * bool(about)}: {e}")
+        raise InputError(f"{home / 'swiftaudio.json'}: {e}")
     require(args.captions, "--captions FILE is needed")
     args.captions = str(Path(args.captions).resolve())  # they are read from elsewhere later
     if args.teacher != "tiny" and Path(args.teacher).is_dir():
@@ -209,9 +198,9 @@ def parse_run(p, argv, recipe=None):
 def start(args):
     """Start the processes and load what a training script needs: a Run, with these besides.
 
-    device; amp, autocast's context; captions; folder, the teacher's; home, the first student's;
-    encode_text; null (1, tokens, dim); shape (C, h, w) of latents; alpha, sigma (T + 1,); T;
-    scheduler; student and unet, the networks.
+    device; amp, autocast's context; captions; folder, the teacher's; encode_text; null (1, tokens,
+    dim); shape (C, h, w) of latents; alpha, sigma (T + 1,); T; scheduler; student and unet, the
+    networks.
     """
     run = Run(args, args.out_dir)
     run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
@@ -232,16 +221,13 @@ def start(args):
     require(fits, f"--t_max or --student_t is above {run.T}, the last timestep of {folder}")
     if unread := run.encode_text.unread(run.captions):
         run.say(f"warning: {len(unread)} captions are not read whole, {list(unread.values())[0]}")
-    run.home, part, about = model.open_student(args.init) if args.init else (folder, "unet", {})
-    run.student, unet = load_unet(run.home, part), load_unet(folder)
+    home, part, _ = model.open_student(args.init) if args.init else (folder, "unet", {})
+    run.student, unet = load_unet(home, part), load_unet(folder)
     for net in (unet, run.student):
         model.check_fit(folder, net, run.encode_text)
         net.to(device)
     run.student.requires_grad_(True)
-    is_of = fingerprint(unet)
-    same = about.get("identity", about.get("flags", {})).get("teacher's weights", is_of) == is_of
-    require(same, f"--init {args.init}: is not a student of --teacher {args.teacher}")
-    run.identity |= {"teacher's weights": is_of, "alpha_T": float(run.alpha[-1]),
+    run.identity |= {"teacher's weights": fingerprint(unet), "alpha_T": float(run.alpha[-1]),
                      "text encoder's weights": fingerprint(run.encode_text),
                      "first student's weights": fingerprint(run.student),
                      "captions' text": digest("\n".join(run.captions).encode()),
@@ -259,16 +245,6 @@ def fingerprint(network):
     """Hash a sample of each of a network's weights: what it is, whatever file it came from."""
     sample = [w.detach().flatten()[::max(1, w.numel() // 64)] for w in network.parameters()]
     return digest(torch.cat([w.bfloat16().float() for w in sample]).cpu().numpy().tobytes())
-
-
-def load_adapters(run):
-    """Go on with the LoRA teacher beside --init's student; one of its last step, not student-N."""
-    home = run.home.resolve()
-    if home.name == "student" and (home.parent / "lora").is_dir():
-        model.load_part(home.parent, "lora", lambda path: load_lora_state(
-            run.unet, load_file(path / "adapter_model.safetensors")))
-    else:
-        run.say(f"{run.args.init}: has no LoRA teacher beside it; that starts anew")
 
 
 def adamw(args, weights, lr):
@@ -310,8 +286,7 @@ MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compi
                  "captions caption_column max_captions teacher init batch_size grad_accum cache "
                  "lr lora_lr d_lr precision student".split())
 # How users and clusters ask a program to end.
-STOP = [getattr(signal, name) for name in "SIGTERM SIGINT SIGHUP SIGQUIT SIGUSR1 SIGUSR2 SIGXCPU "
-        "SIGBREAK".split() if hasattr(signal, name)]
+STOP = [n for n in signal.Signals if n.name[3:] in "TERM INT HUP QUIT USR1 USR2 XCPU BREAK".split()]
 
 
 class Run:
@@ -499,8 +474,7 @@ def save_student(run, folder, step):
     folder.mkdir(exist_ok=True)
     save_network(folder, run.student, dict(zip(names, kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
-    data.replace_text(run.out / "paths.json", json.dumps(paths))    # for this machine alone
+    data.replace_text(run.out / "paths.json", json.dumps({about["teacher"]: flags["teacher"]}))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What others see of a student and of a run.
+"""Write README.md into a student's folder, the model card that a hub shows.
 
-    python -m extras.publish card out/student       # README.md, the model card of a hub
-    python -m extras.publish tensorboard out        # events of the run's metrics.jsonl
+    python -m extras.publish out/student
 """
 import re
 import shlex
 from pathlib import Path
 
-from data import InputError, Parser, cli, read_json, read_rows, replace_text, require
-from model import cause
+from data import Parser, cli, read_json, replace_text, require
+from train import public
 
 CARD = """---
 license: {licence}
@@ -24,9 +23,6 @@ one UNet pass.
 {decoder}- Metrics: {metrics}
 """
 
-# A path, or a flag's, of this machine: its folders are nobody's business, its last name stays.
-ABSOLUTE = re.compile(r"^(--\w+=)?(?:/|\w:[/\\]).*?([^/\\]*)[/\\]*$")
-
 
 def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
@@ -36,41 +32,23 @@ def write_card(folder, metrics=None):
     require(not card or "made with SwiftAudio" in card, f"{path}: would be replaced; move it away")
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
         metrics = card.rpartition("- Metrics: ")[2].strip()
-    name = ABSOLUTE.sub(r"\1\2", about["teacher"]).removeprefix("./")      # of train.public()
-    words = shlex.split(about.get("command", "python train.py"))
+    name = public(about["teacher"]).removeprefix("./")
+    command = shlex.join(map(public, shlex.split(about.get("command", "python train.py"))))
     small = Path(folder, "decoder/config.json").exists()
     licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
     replace_text(path, CARD.format(
         licence="mit" if name == "tiny" else licence, teacher=name, step=about["step"],
         base=f"base_model: {name}\n" if "/" in name else "",
-        command=shlex.join(ABSOLUTE.sub(r"\1\2", word) for word in words),
+        command=command,
         decoder="- Small decoder: `--decoder fast`\n" if small else "",
         metrics=metrics or "not measured; see extras/eval.py"))
     return path
 
 
-def write_events(folder):
-    """Write the means in a run's metrics.jsonl as TensorBoard's events beside it."""
-    lines = read_rows(Path(folder) / "metrics.jsonl")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as e:                              # a broken one raises anything
-        raise InputError(f"TensorBoard cannot be used here ({cause(e)}); pip install tensorboard")
-    board = SummaryWriter(folder, purge_step=0)         # hides the events of an earlier call
-    for line in lines:
-        for name, value in line.items():
-            if isinstance(value, float):
-                board.add_scalar(name, value, line["step"])
-    board.close()
-    return folder
-
-
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("what", choices=("card", "tensorboard"))
-    p.add_argument("folder", help="card: of a student; tensorboard: of its run")
-    args = p.parse_args(argv)
-    print(write_card(args.folder) if args.what == "card" else write_events(args.folder))
+    p.add_argument("folder", help="of a student")
+    print(write_card(p.parse_args(argv).folder))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import InputError
-from lora import TARGETS, inject, load_lora_state, lora_disabled, lora_layers, save_lora
+from lora import TARGETS, inject, lora_disabled, lora_layers, lora_weights, save_lora
 from model import load_unet
 
 
@@ -98,10 +98,6 @@ def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
         p.data.zero_()
     assert not torch.equal(call(unet), before)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    load_lora_state(unet, saved)
+    for name, w in lora_weights(unet).items():
+        w.data.copy_(saved[name])
     assert torch.equal(call(unet), before)
-
-    narrow = saved | {k: w[:1] for k, w in saved.items() if "lora_A" in k}      # copy_ would repeat
-    for other in (narrow, dict([*saved.items()][:-1])):
-        with pytest.raises(InputError, match="another --lora_rank or --lora_targets"):
-            load_lora_state(unet, other)

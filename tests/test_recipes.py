@@ -182,7 +182,7 @@ def step(request, plain, captions, clips, student, tmp_path):
                         t=625 if new else None, captions=read_captions(captions)[0])
     s.flags = ["--seed", 3, "--cache", tmp_path / "clips.safetensors"] if new else []
     s.cache = s.flags[-1] if new else clips
-    s.first = ["--init", student] if new else ["--teacher", plain, "--captions", captions]
+    s.first = ["--captions", captions, *(["--init", student] if new else ["--teacher", plain])]
     s.unet = (load_unet(student, "") if new else load_unet(plain)).requires_grad_(True)
     s.alpha, s.sigma = model.noise_schedule(model.load_scheduler(plain))
     s.z_T = draw_batch(range(4), s.seed, s.shape, 20, 981, 999)[0]
@@ -266,12 +266,10 @@ def test_checkpointing_and_bf16_run(go, tmp_path):
 
 # ---- flags and bad input -------------------------------------------------------------------------
 
-def test_flags_of_a_student_s_own_run_hold_unless_given(student, captions):
-    args = energy.parse_args(["--init", str(student)])
-    assert (args.guidance, args.student_t, args.samples) == (2, 625, 2)
-    assert args.captions == str(captions) and args.out_dir == "out_energy"
+def test_a_student_s_step_stays(student, captions):
+    args = call(energy.parse_args, "--init", student, "--captions", captions)
+    assert (args.guidance, args.student_t, args.out_dir) == (7.5, 625, "out_energy")
     assert "lora_rank" not in args and "tv_weight" not in args      # VSD's, which it does not have
-    assert call(energy.parse_args, "--init", student, "--guidance", 3).guidance == 3
 
 
 def test_a_teacher_brings_defaults_of_a_recipe_s_own(broken):

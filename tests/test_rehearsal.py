@@ -153,7 +153,7 @@ def test_the_real_run_in_small(tmp_path):
         "{N} {FD:.2f} {FAD:.2f} {KL:.2f} {IS:.2f} {CLAP:.3f}".format(**row).split())
 
     # ---- publishing: another machine has what is on the hub, and nothing else -------------------
-    here("python -m extras.publish card out_big/student")
+    here("python -m extras.publish out_big/student")
     card = read("out_big/student/README.md").decode()
     assert f"license: cc-by-nc-sa-4.0\nbase_model: {TEACHER}\n" in card
     assert f"`{TRAIN.format('', 'out_big')}`, 8 steps" in card and str(tmp_path) not in card

@@ -81,7 +81,7 @@ def test_files_of_prompts_overwriting_and_the_read_manifest(student, tmp_path, c
     listed = (*flags, "--prompts", tmp_path / "p.txt")
     go(*listed)
     assert "3 prompts, of {'rows': 4" in capsys.readouterr().out
-    names = ["rain_seed0_0.wav", "rain-2_seed0_0.wav", "犬が吠える_seed0_0.wav"]
+    names = ["rain_seed0_0.wav", "rain.2_seed0_0.wav", "犬が吠える_seed0_0.wav"]
     assert sorted(p.name for p in out.glob("*.wav")) == sorted(names)
 
     before = (out / "rain_seed0_0.wav").read_bytes()
@@ -105,7 +105,7 @@ def test_files_of_prompts_overwriting_and_the_read_manifest(student, tmp_path, c
 def test_a_name_for_every_clip():
     prompts = ["a b", "A  b?", "犬が吠える", "!!", "x" * 300, "a-b-2", "a b!", "a-b-3", "a-b-2!"]
     assert [*sample.file_names(prompts, 1, 0).values()] == [f"{slug}_seed0_0.wav" for slug in (
-        "a-b", "a-b-2", "犬が吠える", "clip", "x" * 60, "a-b-2-2", "a-b-3", "a-b-3-2", "a-b-2-3")]
+        "a-b", "a-b.2", "犬が吠える", "clip", "x" * 60, "a-b-2", "a-b.3", "a-b-3", "a-b-2.2")]
     assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
 
 

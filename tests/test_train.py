@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import model
 import train
 from data import InputError, caption_at, draw_batch, read_captions
-from lora import inject, load_lora_state
+from lora import inject, lora_weights
 from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import TextEncoder, denoiser, load_unet
 
@@ -68,7 +68,8 @@ def expected_line(words, plain, captions, step, state=None, student=None):
     torch.manual_seed(a.seed)
     adapters = inject(unet, a.lora_targets, a.lora_rank, a.lora_alpha)
     if state:
-        load_lora_state(unet, state)
+        for name, w in lora_weights(unet).items():
+            w.data.copy_(state[name])
     encode_text, lora_teacher = TextEncoder(plain), denoiser(unet)
     null, (alpha, sigma) = encode_text([""]), model.noise_schedule(model.load_scheduler(plain))
     size = a.batch_size * a.grad_accum
@@ -193,35 +194,25 @@ FIRST = ["--guidance", 3, "--student_t", 625, "--lora_alpha", 8, "--max_steps", 
 
 
 def test_a_run_that_starts_from_a_student(go, tmp_path, plain, broken):
-    """It goes on with the student and the LoRA teacher."""
-    still = [*FIRST, "--lr", 0, "--lora_lr", 0, "--init"]
+    """Of this teacher, or of another; its LoRA teacher starts anew."""
     expected, student = go(tmp_path / "b", *FIRST)["weights"], tmp_path / "b/student"
-    same(go(tmp_path / "a", *still, student)["weights"], expected)
-    assert metrics(tmp_path / "a")[0]["vsd"] > 0            # of the LoRA teacher as it was
-
-    # lora/ is of the last step: it is not loaded beside a student kept earlier
-    kept = shutil.copytree(student, tmp_path / "b/student-1")
-    fresh = go(tmp_path / "c", *still, kept)["weights"]
-    same(fresh["student"], expected["student"])
-    assert not any(w.any() for w in fresh["lora"][1::2])    # B is zero
-
+    still = [*FIRST, "--lr", 0, "--lora_lr", 0, "--init", student]
     change_teacher(broken)
-    for flags, says in ((["--init", student, "--lora_rank", 2], "lora: .*another --lora_rank or"),
-                        (["--init", student, "--teacher", broken], "is not a student of --teacher"),
-                        (["--init", plain / "vae"], "neither a student")):
-        with pytest.raises(InputError, match=says):
-            go(tmp_path / "d", *flags)
+    for i, teacher in enumerate((plain, broken)):
+        fresh = go(tmp_path / f"a{i}", *still, "--teacher", teacher)["weights"]
+        same(fresh["student"], expected["student"])
+        assert not any(w.any() for w in fresh["lora"][1::2])    # B is zero
+    with pytest.raises(InputError, match="neither a student"):
+        go(tmp_path / "d", "--init", plain / "vae")
     assert not (tmp_path / "d").exists()
 
 
-def test_its_flags_hold_unless_given_and_nothing_of_this_machine_is_published(
-        go, plain, captions, tmp_path, monkeypatch):
-    """Where its teacher and captions are is beside student/; without that, the flags must say."""
+def test_nothing_of_this_machine_is_published(go, plain, captions, tmp_path, monkeypatch):
+    """Where its teacher is stands beside student/; without that, the flags must say."""
     out, teacher = tmp_path / "a=b/same", str(shutil.copytree(plain, tmp_path / "a=b/of/same"))
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", str(tmp_path / "train.py"), "--init",
                                            teacher, f"--out_dir={out}"])
-    go(out, *FIRST, "--teacher", teacher, "--init", teacher, "--keep_every", 1,
-       "--max_captions", 7, "--caption_column", "caption", "--seed", 3)
+    go(out, *FIRST, "--teacher", teacher, "--init", teacher, "--keep_every", 1, "--seed", 3)
     files = [p for name in ("student", "student-1", "lora") for p in (out / name).iterdir()]
     for path in files:
         assert str(tmp_path.parent).encode() not in path.read_bytes(), path
@@ -229,23 +220,14 @@ def test_its_flags_hold_unless_given_and_nothing_of_this_machine_is_published(
     assert about["command"] == "python ./train.py --init ./same --out_dir=./same"
     assert (about["teacher"], about["flags"]["captions"]) == ("./same", "./captions.csv")
 
-    init = ["--init", str(out / "student")]
-    args = train.parse_args(init)
-    assert (args.teacher, args.captions) == (teacher, str(captions))
-    assert (args.guidance, args.lora_guidance, args.student_t, args.lora_alpha) == (3, None, 625, 8)
-    assert (args.caption_column, args.max_captions) == ("caption", 7)
-    assert (args.lr, args.out_dir, args.seed) == (1e-5, "out", 0)       # not what it is to be
-    args = train.parse_args([*init, "--guidance", "5", "--captions", str(captions)])
-    assert (args.guidance, args.caption_column, args.max_captions) == (5, None, None)
-
+    given = ["--captions", str(captions)]
+    args = train.parse_args(["--init", str(out / "student"), *given])
+    assert (args.teacher, args.student_t, args.seed) == (teacher, 625, 0)
     monkeypatch.chdir(shutil.copytree(out / "student", tmp_path / "published"))
-    for flags, says in ((["--teacher", teacher], "--captions FILE is needed: . does not say where"),
-                        (["--captions", str(captions)], "./same: no such folder")):
+    for flags, says in ((["."], "./same: no such folder"),              # then not its teacher
+                        ([teacher], f"{train.AUFFUSION}: no such folder")):
         with pytest.raises(InputError, match=says):
-            train.parse_args(["--init", ".", *flags])
-    flags = ["--captions", str(captions), "--init", teacher]            # which is not its teacher
-    with pytest.raises(InputError, match=f"{train.AUFFUSION}: no such folder"):
-        train.parse_args(flags)
+            train.parse_args([*given, "--init", *flags])
 
 
 def test_a_teacher_brings_defaults_and_flags_win(broken, monkeypatch):
