@@ -185,6 +185,8 @@ def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
     distil(student)
     before = (student / "decoder/checkpoint.pt").read_bytes()
     stops("--clips", 6, says="clips 8, not 6")
+    (tmp_path / "others.txt").write_text("a cat\nthe rain\n")
+    stops("--captions", tmp_path / "others.txt", says="captions' text")
     state = load_file(student / WEIGHTS)
     save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, student / WEIGHTS)
     stops(says="student's weights")                         # of as many steps, but another

@@ -13,7 +13,6 @@ import soundfile
 import torch
 from runs import call
 
-import sample
 from data import InputError, locked, read_json
 from extras import eval as evaluate
 from extras import metrics
@@ -327,7 +326,7 @@ def test_processes_that_make_clips_of_one_folder(plain, here, monkeypatch):
     """Each waits for the other's manifest and adds to it, if they are of one system."""
     args = evaluate.parse_args(["audiocaps", "--captions", "", "--reference", "", "--out", "o",
                                 "--teacher", str(plain), "--teacher_steps", "1"])
-    system, path = sample.open_system(args), here / "manifest.json"
+    system, path = evaluate.open_system(args), here / "manifest.json"
     about = evaluate.generate({"a.wav": "rain"}, here, args, system)
     meanwhile = {"system": {**about}, "clips": {"a.wav": "rain", "b.wav": "a dog"}}
     with ThreadPoolExecutor() as pool:

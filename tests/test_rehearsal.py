@@ -135,7 +135,7 @@ def test_the_real_run_in_small(tmp_path):
     (work / "downloaded").rename(work / "moved")        # a teacher's folder that is gone
     error, = here(SAMPLE.format("out_folder/student", "again"), code=1)
     assert error.startswith(f"error: {work / 'downloaded'}: no such folder")
-    assert error.endswith("; as the teacher of out_folder/student, pass --teacher")
+    assert error.endswith("pass another, as --teacher if it is a student's teacher")
     here(SAMPLE.format("out_folder/student", "again") + f" --teacher {TEACHER}")
     assert heard == [read(f"again/{name}") for name in names]
 

@@ -75,7 +75,7 @@ def test_a_clip_is_the_same_alone_and_in_a_batch(student, tmp_path):
     assert {row["dtype"] for row in read_manifest(tmp_path / "one")} == {"torch.float32"}
 
 
-def test_files_of_prompts_overwriting_and_the_read_manifest(student, tmp_path, capsys):
+def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("rain\nRain!\nrain\n犬が吠える\n", encoding="utf-8")
     out, flags = tmp_path / "o", ("--student", student, "--out", tmp_path / "o")
     listed = (*flags, "--prompts", tmp_path / "p.txt")
