@@ -9,9 +9,12 @@ and more adapters. The full-size model has random weights, on which speed does n
 is the arithmetic of plain fp32 over the time, as a share of what a large matrix product reaches, in
 bf16 if it can.
 """
+import functools
 import gc
 import tempfile
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,21 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train
-from data import Parser, cli, draw_batch, number, require
+from data import Parser, cli, number, require
 from extras.fast import fold_upsampling
 from extras.random_teacher import FULL, write_teacher
-from lora import inject, lora_disabled
-from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
-from model import TINY, System, denoiser, load_unet, noise_schedule
+from losses import one_step
+from model import TINY, System, load_unet, noise_schedule
 
 PLAIN, OURS = "plain fp32", "ours"
 WHOLE, STEP = "text to waveform", "optimizer step"
-# train.py's defaults: a folder that is no teacher has no setting of its own to replace them
-PAPER = train.parse_args(["--teacher", str(Path(__file__).parent), "--captions", "none.csv"])
+train.add_run((paper := Parser("the paper's setting")).add_argument)
+PAPER = paper.parse_args([])
 
 
 def clock(f, runs):
-    """Seconds that a call of f takes, the mean of `runs` calls after two of warm-up."""
+    """Seconds that a call of f takes, the mean of `runs` after two of warm-up; 0: just one call."""
+    if not runs:
+        return f()
     return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(runs).mean
 
 
@@ -46,15 +50,15 @@ def peak(device, dtype):
 
 
 def flops(f):
-    """Count the TFLOP of a call of f."""
+    """Count the TFLOP of what a timer of f measures."""
     # The counter does not know the CPU's fused attention, so attention is written out for it.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        f()
+        f(0)
     return counter.get_total_flops() / 1e12
 
 
 def sampler(kind, folder, device, batch, args):
-    """Text to waveform, its stages first: {name: a function that does it}."""
+    """Text to waveform, its stages first: {name: its seconds, the mean of so many calls}."""
     precision = "fp32" if kind == PLAIN else "auto"
     system = System(folder, load_unet(folder), {}, None, precision, device)
     decoder = system.decoder
@@ -72,60 +76,45 @@ def sampler(kind, folder, device, batch, args):
     text = encode()
     x0 = latents(text).clone()              # a CUDA graph's next call overwrites its output
     mel = decoder.decode(x0).clone()
-    return {"text": encode, "UNet, one pass": lambda: latents(text),
-            "decoder": lambda: decoder.decode(x0), "vocoder": lambda: decoder.vocode(mel),
-            WHOLE: lambda: decoder.vocode(decoder.decode(latents(encode())))}
+    stages = {"text": encode, "UNet, one pass": lambda: latents(text),
+              "decoder": lambda: decoder.decode(x0), "vocoder": lambda: decoder.vocode(mel),
+              WHOLE: lambda: decoder.vocode(decoder.decode(latents(encode())))}
+    return {name: functools.partial(clock, f) for name, f in stages.items()}
 
 
 def trainer(kind, folder, device, batch, args):
-    """Return {STEP: train.py's loop in the paper's setting, less log, resuming, processes}."""
-    lora_guidance = PAPER.guidance if PAPER.lora_guidance is None else PAPER.lora_guidance
-    half = device.type == "cuda" and kind == OURS
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    student, unet = nets = [load_unet(folder).to(device) for _ in range(2)]
-    student.requires_grad_(True)
-    unet.to(torch.bfloat16 if half else torch.float32)
-    adapters = inject(unet, PAPER.lora_targets, PAPER.lora_rank, PAPER.lora_alpha)
-    opts = [torch.optim.AdamW(student.parameters(), PAPER.lr, fused=half),
-            torch.optim.AdamW(adapters, PAPER.lora_lr, fused=half)]
-    for net in nets:
-        if kind == PLAIN:
-            net.to(memory_format=torch.contiguous_format)
-        elif args.checkpointing:            # what is done twice is not counted
-            net.enable_gradient_checkpointing()
-    if args.compile and kind == OURS:
-        nets = [torch.compile(net) for net in nets]
-    student_eps, lora_eps = (denoiser(net, amp) for net in nets)
-    encode_text, shape = model.TextEncoder(folder).to(device), model.latent_shape(folder)
-    alpha, sigma = noise_schedule(model.load_scheduler(folder), device)
-    null = encode_text([""])
+    """Return {STEP: train.py's own loop in the paper's setting, which logs and saves nothing}."""
+    def measure(runs):
+        times = []
 
-    def teacher_eps(x, t, text):
-        with lora_disabled(unet):
-            return lora_eps(x, t, text)
+        class Timed(train.Run):
+            say = property(lambda self: lambda line: None, lambda self, say: None)
 
-    def step():
-        for opt in opts:
-            opt.zero_grad()
-        z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
-            range(batch), 0, shape, PAPER.t_min, PAPER.t_max, len(alpha) - 1))
-        text = encode_text(["a dog barks"] * batch)
-        x0 = one_step(student_eps, z_T, text, alpha, sigma, PAPER.student_t)
-        vsd = vsd_loss(x0, t, eps, text, guided(teacher_eps, null, PAPER.guidance),
-                       guided(lora_eps, null, lora_guidance), alpha, sigma)
-        (vsd + PAPER.tv_weight * tv_loss(x0, PAPER.tv)).mean().backward()
-        text = torch.where((u < PAPER.lora_drop)[:, None, None], null, text)
-        lora = lora_loss(x0, t_lora, eps_lora, text, lora_eps, alpha, sigma, PAPER.lora_weighting)
-        lora.mean().backward()
-        for opt in opts:
-            torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], PAPER.grad_clip)
-            opt.step()
+            def steps(self, *names):
+                for step in range(2 + runs if runs else 1):             # two to warm up
+                    yield step
+                    if device.type != "cpu":
+                        torch.accelerator.synchronize()
+                    times.append(time.perf_counter())
 
-    return {STEP: step}
+        layout = torch.contiguous_format if kind == PLAIN else torch.channels_last
+        with tempfile.TemporaryDirectory() as out, patch.multiple(
+                train, Run=Timed, read_settings=lambda folder: {},      # no flags of its own
+                load_unet=lambda *where: load_unet(*where).to(memory_format=layout)):
+            Path(out, "captions.txt").write_text("a dog barks\n")
+            train.main([
+                f"--teacher={folder}", f"--captions={out}/captions.txt", f"--out_dir={out}",
+                f"--device={device}", f"--batch_size={batch}", "--grad_accum=1",
+                f"--precision={'fp32' if kind == PLAIN else 'auto'}",
+                *[f"--{name}" for name in ("compile", "checkpointing")
+                  if kind == OURS and getattr(args, name)]])
+        return (times[-1] - times[1]) / runs if runs else 0
+
+    return {STEP: measure}
 
 
 def bench(kind, build, batch, runs, at_peak, plain):
-    """Print a row for each of build(kind)'s functions, and a GPU's memory: {name: seconds}."""
+    """Print a row for each of build(kind)'s timers, and a GPU's memory: {name: seconds}."""
     gc.collect()
     if gpu := torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -133,7 +122,7 @@ def bench(kind, build, batch, runs, at_peak, plain):
     found = {}
     try:
         for name, f in build(kind, batch).items():
-            found[name] = t = clock(f, runs)
+            found[name] = t = f(runs)
             row, ratio = f"{kind}, {name}", f"{plain[name] / t:.2f}x" if name in plain else "-"
             print(f"{row:30s}{1e3 * t:10.1f}{batch / t:10.3g}"
                   f"{batch * at_peak[name] / t:10.0%}{ratio:>10s}", flush=True)
