@@ -302,11 +302,12 @@ def test_whatever_made_a_clip_is_noticed_when_it_changes(recordings, here, broke
     for flags in both:
         go(*flags)
     before = [contents(here / out / "clips") for out in ("t", "s")]
-    parts = ("swiftaudio.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
-             "text_encoder/config.json", "vae/config.json", "vocoder/config.json")
     weights = "diffusion_pytorch_model.safetensors"
-    for path, of in [*((broken / name, both) for name in (*parts, f"vae/{weights}")),
-                     *((broken / "unet" / name, both[:1]) for name in ("config.json", weights)),
+    parts = ("swiftaudio.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+             "text_encoder/config.json", "vae/config.json", "vocoder/config.json",
+             "unet/config.json", f"unet/{weights}")
+    for path, of in [(broken / "vae" / weights, both),
+                     *((broken / name, both[:1]) for name in parts),
                      *((here / "student" / name, both[1:]) for name in ("config.json", weights))]:
         was = path.read_bytes()
         path.write_bytes(was + b"\n" if path.suffix == ".json" else was[:-1] + bytes([was[-1] ^ 1]))

@@ -215,19 +215,6 @@ def test_a_checkpoint_that_is_missing_cut_or_of_something_else(go, half):
             go(half)
 
 
-def test_a_student_of_an_earlier_version_goes_on_as_a_new_run(plain, captions, tmp_path, half):
-    """Its swiftaudio.json has everything in flags, with absolute paths."""
-    theirs = read_checkpoint(half)
-    (half / "paths.json").unlink()
-    (half / "student/swiftaudio.json").write_text(json.dumps({
-        "teacher": str(plain), "timestep": 999, "flags": theirs["flags"] | theirs["identity"]}))
-    train.main(["--init", str(half / "student"), "--out_dir", str(tmp_path / "new"),
-                "--captions", str(captions), "--max_steps", "1", "--batch_size", "1",
-                "--grad_accum", "4"])
-    ours = read_checkpoint(tmp_path / "new")["identity"]
-    assert {k for k in ours if ours[k] != theirs["identity"][k]} == {"first student's weights"}
-
-
 @pytest.mark.parametrize("flags, says", [
     (("--batch_size", 0), "batch_size"), (("--beta1", 1), "beta1"),
     (("--t_min", 500, "--t_max", 500), "--t_min 500 must be below --t_max 500"),

@@ -256,8 +256,9 @@ def test_a_student_that_learned_nothing_is_the_row_before_training(tmp_path, cap
     (625, "first", "systems"), (500, "second", "second list")])
 def test_a_whole_list_is_scored_beside_shipped_rows_and_the_student_s_own_t(
         tmp_path, monkeypatch, t, name, key):
-    """Of the student's 512 clips two are made here."""
+    """Of the student's 512 clips two are made here, and no picture."""
     measure = score.measure
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(score, "measure", lambda systems, rows, seed: measure(
         systems, rows[:2], seed))
     monkeypatch.setattr(score, "STEPS", 2)
