@@ -172,6 +172,9 @@ def started(path, script, *flags, cwd, **kw):
                 time.sleep(0.05)
             yield process
         finally:
+            process.terminate()                         # torchrun first ends the others
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
             process.kill()
 
 

@@ -227,7 +227,8 @@ def test_impossible_flags(go, tmp_path, flags, says):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": ""}])
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"}, dict.fromkeys(["RANK", "WORLD_SIZE", "LOCAL_RANK"], "")])
 def test_half_of_what_torchrun_sets(words, tmp_path, monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
