@@ -10,6 +10,7 @@ import runs
 import torch
 from conftest import write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 from runs import call, read_checkpoint, refuses, same
 from safetensors.torch import load_file, save_file
 
@@ -90,14 +91,15 @@ def test_a_run_is_that_of_its_flags_and_of_its_student(trained, student, caption
     assert group["lr"] == pytest.approx(1e-3 * 2 / 50 / 2)      # warm-up, and half way to zero
 
 
-def test_it_learns_the_vae_s_picture_and_the_tiny_world_scores_it(tmp_path, capsys):
+def test_it_learns_the_vae_s_picture_and_the_tiny_world_scores_it(tmp_path, capsys, monkeypatch):
     """The tiny teacher's UNet as a student of itself."""
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     student = shutil.copytree(TINY / "unet", tmp_path / "out/student")
     (student / "swiftaudio.json").write_text('{"teacher": "tiny", "step": 0}')
-    distil(student, "--captions", TINY.parent / "heldout.csv", "--batch_size", 4, "--max_steps", 40)
+    distil(student, "--captions", TINY.parent / "heldout.csv", "--max_steps", 40)
     score.main([str(student), "--clips", "4"])
     row = json.loads((tmp_path / "out/scores.json").read_text())["small decoder"]
-    assert row["FD"] > 0 and 0.1 < row["log-mel error"] < 2     # after 2 steps 4.0, after 20 2.9
+    assert row["FD"] > 0 and 0.1 < row["log-mel error"] < 2.5   # 4.0 after 2 steps, 3.2 after 20
     said = capsys.readouterr().out
     assert f"differ from the VAE's by {row['log-mel error']:.3f} ne" in said
     assert "N = 4 held-out" in said and "N = 512; --all measures them" in said
@@ -154,7 +156,7 @@ def test_a_student_of_another_machine_is_told_where_things_are(trained, student,
     monkeypatch.chdir(student.parent)
     Path("mine.csv").write_text("said\na cat\nthe rain\n")
     flags = ["--captions", "./mine.csv", "--teacher", trained[0]]
-    with pytest.raises(InputError, match="pass --teacher"):
+    with pytest.raises(InputError, match="no such folder, .*as --teacher"):
         distil(student, *flags[:2], "--caption_column", "said")
     with pytest.raises(InputError, match="--caption_column"):
         distil(student, *flags)
