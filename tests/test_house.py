@@ -46,6 +46,7 @@ def house(tmp_path_factory):
     return root
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds torchrun's processes there")
 def test_six_files_train_are_killed_go_on_in_two_processes_and_are_heard(house):
     """kill -9, then by torchrun with half the batch in each; one of the two gets SIGTERM."""
     out, where = house / "out", dict(cwd=house, root=house)
