@@ -48,7 +48,8 @@ def publish(machine, name):
 
 def options(machine):
     """Of subprocess, on a machine with the code, the packages and what is in its cache."""
-    shutil.copytree(ROOT / "extras", machine / "work/extras")
+    for name in ("extras", "recipes"):                  # extras.teacher needs recipes.clips
+        shutil.copytree(ROOT / name, machine / "work" / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, machine / "work")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "XDG_"))}
