@@ -67,6 +67,11 @@ def captions(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def clap(tmp_path_factory):
+    return runs.write_clap(tmp_path_factory.mktemp("clap"))
+
+
 @pytest.fixture
 def tf32():
     """The two switches, on: of cuDNN's convolutions and of matrix products."""
@@ -115,13 +120,13 @@ def go(words):
     return go
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_step_run(words, tmp_path_factory):
     train.main(words(out := tmp_path_factory.mktemp("one"), "--max_steps", 1))
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_step_run(words, tmp_path_factory):
     train.main(words(out := tmp_path_factory.mktemp("two")))
     return out
@@ -167,6 +172,9 @@ def started(path, script, *flags, cwd, **kw):
                 time.sleep(0.05)
             yield process
         finally:
+            process.terminate()                         # torchrun first ends the others
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
             process.kill()
 
 

@@ -19,8 +19,6 @@ from extras.audio import (
 from extras.teacher import load_teacher
 from model import LOG_MAX, LOG_MIN
 
-# ---- the mel front end, against one written anew in numpy float64 ------------------------------
-
 
 def slaney(f):
     high = 15 + 27 * np.log(np.maximum(f, 1e-9) / 1000) / np.log(6.4)
@@ -53,16 +51,13 @@ def test_a_log_mel_equals_numpy(n_mels):
     np.testing.assert_allclose(mine, reference_log_mel(wav, n_mels), atol=2e-3)
 
 
-def test_the_image_of_a_mel_has_its_highest_bin_on_top():
+def test_the_image_of_a_mel_has_its_highest_bin_on_top_and_a_peak_is_095():
     mel = torch.linspace(LOG_MIN, LOG_MAX, 12).view(1, 3, 4)
     image = mel_to_image(mel)
     assert image.shape == (1, 3, 3, 4) and image.min() == -1 and image.max() == 1
     assert image[0, 0, 0, -1] == 1
     assert mel_to_image(mel + 100).max() == 1                           # what is too loud is white
-
-
-def test_peaks_become_095_and_silence_stays():
-    wav = peak_normalize(torch.tensor([[0.1, -0.5], [0.0, 0.0]]))
+    wav = peak_normalize(torch.tensor([[0.1, -0.5], [0.0, 0.0]]))       # silence stays
     assert wav.tolist() == [[pytest.approx(0.19), pytest.approx(-0.95)], [0, 0]]
 
 
@@ -82,8 +77,6 @@ def test_latents_do_not_depend_on_loudness_and_have_the_scale_of_the_unet(plain)
     system.decoder.vae = AutoencoderTiny()
     torch.testing.assert_close(encode_audio(system, wav), x0, rtol=1e-3, atol=1e-4)     # own VAE
 
-
-# ---- resampling --------------------------------------------------------------------------------
 
 def sine(hertz, rate):
     return (2 * math.pi * hertz * torch.arange(rate, dtype=torch.float64) / rate).sin()
@@ -120,8 +113,6 @@ def test_resampling_is_torchaudio_s(old, new):
         return
     torch.testing.assert_close(resample(x, old, new), theirs(x, old, new), rtol=0, atol=1e-12)
 
-
-# ---- files -------------------------------------------------------------------------------------
 
 def test_audio_is_the_first_channel_without_its_mean_cut_and_padded(tmp_path):
     left = np.full(3 * 16000, 0.25, np.float32)

@@ -1,4 +1,5 @@
 """What all commands share: flags with bounds, errors of one line, files that are always whole."""
+import contextlib
 import errno
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import InputError, Parser, cli, locked, number, read_json, replace_file, replace_text
+from data import InputError, Parser, cli, locked, number, replace_file, replace_text
 
 
 def parse(type, *flags):
@@ -21,13 +22,10 @@ def parse(type, *flags):
 
 
 @pytest.mark.parametrize("kind, flags, found", [
-    (number(int), ["--flag=0"], 0), (number(int, 1, 5), ["--flag=5"], 5),
-    (number(float), ["--flag", "1e-5"], 1e-5), (number(int), ["--flag=1" + 17 * "0"], 10 ** 17),
+    (number(int, 1, 5), ["--flag=5"], 5), (number(float), ["--flag", "1e-5"], 1e-5),
     (number(int, 1), ["--flag=0"], "--flag: 0 must be between 1 and 1e+38"),
     (number(float, 0, 0.5), ["--flag=nan"], "--flag: nan must be between 0 and 0.5"),
-    (number(float, 0, 0.5), ["--flag=0.51"], "--flag: 0.51 must be between 0 and 0.5"),
     (number(int), ["--flag=1.5"], "--flag: invalid int value: '1.5'"),
-    (number(float), ["--flag=much"], "--flag: invalid float value: 'much'"),
     (number(int), ["--flag"], "--flag: expected one argument"),
     (number(int), ["--fla=1"], "unrecognized arguments: --fla=1")])
 def test_numbers_within_their_bounds_or_one_line(kind, flags, found):
@@ -45,8 +43,6 @@ def test_help_shows_defaults_and_the_first_paragraph(capsys):
     assert "A program." in said and "More about it" not in said
     assert "of interest (default: 1)" in said
 
-
-# ---- how a program ends, and what it shows -------------------------------------------------------
 
 def fail(error):
     raise error
@@ -70,10 +66,9 @@ def test_exit_codes(error, code, capsys):
         cli(lambda: fail(KeyError("odd")))
 
 
-@pytest.mark.parametrize("streams, code, shown", [
-    ("2>&1", 1, "?\nrain\nerror: ?.csv: is odd\n"), (">&- 2>&-", 1, ""),
-    (">/dev/full 2>&1", 1, "")])
-def test_nothing_depends_on_what_is_shown(streams, code, shown, tmp_path):
+@pytest.mark.parametrize("streams, shown", [
+    ("2>&1", "?\nrain\nerror: ?.csv: is odd\n"), (">&- 2>/dev/full", "")])
+def test_nothing_depends_on_what_is_shown(streams, shown, tmp_path):
     """A terminal that lacks the letters, streams that are closed, a full disk."""
     program = ("from data import *\ndef main():\n    print('犬', flush=True)\n"
                "    print('rain', file=sys.stderr)\n"
@@ -82,7 +77,7 @@ def test_nothing_depends_on_what_is_shown(streams, code, shown, tmp_path):
     env = {**os.environ, "PYTHONIOENCODING": "cp1252", "program": program}
     done = subprocess.run(f'"{sys.executable}" -c "$program" {streams}', shell=True, cwd=ROOT,
                           env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, shown, "")
+    assert (done.returncode, done.stdout, done.stderr) == (1, shown, "")
     assert (tmp_path / "saved").exists()
 
 
@@ -93,16 +88,6 @@ def test_the_streams_of_a_notebook_are_its_own(monkeypatch):
     monkeypatch.setattr(sys, "stdout", mine)
     cli(lambda: print("rain"))
     assert sys.stdout is mine and said == ["rain", "\n"]
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-def test_files_that_are_not_json_are_named(tmp_path):
-    path = tmp_path / "a.json"
-    for content in (b"", b"{", b"caf\xe9"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="a.json: is not JSON.*[^\n]$"):
-            read_json(path)
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
@@ -138,16 +123,21 @@ def test_the_old_file_stays_when_saving_fails(tmp_path, error, says):
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_rename_that_fails_once_is_tried_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("times, left", [(1, "after"), (2, "before")])
+def test_a_rename_that_fails_is_tried_once_more(tmp_path, monkeypatch, times, left):
     """As virus scanners and network drives make it."""
-    rename, tries = Path.replace, []
-    monkeypatch.setattr(Path, "replace", lambda source, target: tries.append(target) or (
-        rename(source, target) if len(tries) > 1 else fail(PermissionError(13, "in use"))))
-    replace_text(tmp_path / "a.txt", "after")
-    assert len(tries) == 2 and (tmp_path / "a.txt").read_text() == "after"
+    rename, path, errors = Path.replace, tmp_path / "a.txt", times * [PermissionError(13, "in use")]
+    replace_text(path, "before")
+    monkeypatch.setattr("data.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(Path, "replace", lambda source, target: (
+        fail(errors.pop()) if errors else rename(source, target)))
+    with (contextlib.nullcontext() if times == 1
+          else pytest.raises(InputError, match="a.txt: not saved .*in use; is the disk full")):
+        replace_text(path, "after")
+    assert path.read_text() == left and list(tmp_path.iterdir()) == [path]
 
 
-def test_one_at_a_time(tmp_path, monkeypatch):
+def test_one_at_a_time(tmp_path):
     def enter(path, **how):
         with locked(path, **how):
             order.append("other")
@@ -164,6 +154,3 @@ def test_one_at_a_time(tmp_path, monkeypatch):
                 pool.submit(enter, tmp_path / "run", wait=False).result()
         pool.submit(enter, tmp_path / "run", wait=False).result()
     assert order == ["this", "other", "other"]
-    monkeypatch.setattr("data.FileLock.acquire", lambda lock: fail(NotImplementedError()))
-    enter(tmp_path / "none")                                # where the file system has no locks
-    assert len(order) == 4

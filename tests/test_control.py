@@ -1,5 +1,4 @@
 """Weights in prompts scale attention's probabilities; an edited recording's noise makes it."""
-import json
 import re
 
 import numpy as np
@@ -7,23 +6,22 @@ import pytest
 import soundfile
 import torch
 from conftest import refused
+from runs import call
 
 import sample
 from data import InputError, sampling_noise
 from extras import control
-from extras.audio import encode_audio, log_mel, peak_normalize, read_audio
-from extras.control import invert, invert_recording, parse_weights, reweighted, token_weights
+from extras.audio import log_mel, peak_normalize, read_audio
+from extras.control import invert, parse_weights, reweighted, token_weights
 from losses import guided
 from model import TINY, denoiser, load_student, load_unet
 
 
 def go(out, *flags, main=control.main):
     """Run the command line, of extras.control or of sample.py; the rows of its manifest."""
-    main([str(f) for f in ("--device", "cpu", "--precision", "fp32", "--out", out, *flags)])
-    return json.loads((out / "manifest.json").read_text("utf-8"))
+    call(main, "--device", "cpu", "--precision", "fp32", "--out", out, *flags)
+    return sample.read_manifest(out)
 
-
-# ---- weights ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("prompt, words, weights", [
     ("a (dog:2)", "a dog", [1, 1, 2, 2, 2]),
@@ -88,8 +86,7 @@ def test_weights_act_on_their_own_clip_only(plain, tmp_path):
     alone, = wavs("a (dog:3)")
     assert np.abs(a - words).max() <= 2 and np.abs(b - alone).max() <= 2
     assert np.abs(b - a).max() > 2
-    rows = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
-    assert [(row["prompt"], row.get("words")) for row in rows] == [
+    assert [(row["prompt"], row.get("words")) for row in sample.read_manifest(tmp_path)] == [
         ("a dog", None), ("a (dog:3)", "a dog")]
 
 
@@ -106,8 +103,6 @@ def test_bad_prompts_and_recordings_are_named_before_anything_is_loaded(tmp_path
             says=["none.wav: cannot be read as audio"])
     assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
 
-
-# ---- edits --------------------------------------------------------------------------------------
 
 ALARM = ["--student", TINY, "--prompt", "an alarm beeps"]
 
@@ -167,14 +162,3 @@ def test_inversion_of_a_linear_model_is_exact():
     assert error.shape == (3,) and error.max() < 1e-3 and not z.requires_grad
     torch.testing.assert_close(z, x0 / 2, rtol=0, atol=0.05)
     torch.testing.assert_close(seen[0][1], 0.2 * x0[1] / x0[1].std() + 0.98 * start[1])
-
-
-def test_a_short_recording_is_padded_and_its_first_noise_is_no_clip_s(recording, monkeypatch):
-    system, seen = load_student("tiny", seconds=3.84, precision="fp32", device="cpu"), []
-    monkeypatch.setattr(control, "invert", lambda latents, x0, z_T: (
-        seen.append(x0) or z_T, x0.var()[None] / 2))
-    z_T, left = invert_recording(recording, "a dog", system, 0)
-    padded = torch.nn.functional.pad(read_audio(recording, 60), (0, 13440))[None]   # 3 s to 3.84
-    torch.testing.assert_close(seen[0], encode_audio(system, padded), rtol=0, atol=1e-3)
-    assert z_T.shape == seen[0].shape and left == pytest.approx(0.5)
-    assert not any(torch.equal(z_T[0], z) for z in sampling_noise(range(8), 0, system.shape))

@@ -1,4 +1,5 @@
 """The small decoder: distilled, resumed, read by plain diffusers, used in the VAE's place."""
+import functools
 import json
 import math
 import shutil
@@ -9,7 +10,8 @@ import runs
 import torch
 from conftest import write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
-from runs import read_checkpoint, same
+from PIL import Image
+from runs import call, read_checkpoint, refuses, same
 from safetensors.torch import load_file, save_file
 
 import model
@@ -33,8 +35,8 @@ def trained(captions, tmp_path_factory):
     teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
     (teacher / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
     out = tmp_path_factory.mktemp("run")
-    train.main([str(f) for f in ("--teacher", teacher, "--captions", captions, "--out_dir", out,
-                                 *runs.SMALL, "--max_steps", 1, "--lora_rank", 2)])
+    call(train.main, "--teacher", teacher, "--captions", captions, "--out_dir", out, *runs.SMALL,
+         "--max_steps", 1, "--lora_rank", 2)
     return teacher, out
 
 
@@ -44,15 +46,14 @@ def student(trained, tmp_path):
 
 
 def distil(student, *flags):
-    decoder.main([str(f) for f in ("--student", student, "--clips", 8, "--batch_size", 2,
-                                   "--max_steps", 2, "--device", "cpu", *flags)])
+    call(decoder.main, "--student", student, "--clips", 8, "--batch_size", 2, "--max_steps", 2,
+         "--device", "cpu", *flags)
     return load_file(student / "decoder" / WEIGHTS)
 
 
-def test_its_checkpoint_is_like_train_s_and_a_decoder_without_one_is_kept(trained, student):
+def test_a_decoder_without_a_checkpoint_is_kept(student):
     """Such as one of a published student. tests/test_programs.py stops and resumes it."""
     found = distil(student)
-    assert read_checkpoint(student / "decoder").keys() == read_checkpoint(trained[1]).keys()
     (student / "decoder/checkpoint.pt").unlink()
     with pytest.raises(InputError, match="but no checkpoint to resume from"):
         distil(student)
@@ -90,15 +91,18 @@ def test_a_run_is_that_of_its_flags_and_of_its_student(trained, student, caption
     assert group["lr"] == pytest.approx(1e-3 * 2 / 50 / 2)      # warm-up, and half way to zero
 
 
-def test_it_learns_the_vae_s_picture_and_the_tiny_world_scores_it(tmp_path, capsys):
+def test_it_learns_the_vae_s_picture_and_the_tiny_world_scores_it(tmp_path, capsys, monkeypatch):
     """The tiny teacher's UNet as a student of itself."""
+    monkeypatch.setattr(score, "sheet", lambda *args: Image.new("RGB", (1, 1)))
     student = shutil.copytree(TINY / "unet", tmp_path / "out/student")
     (student / "swiftaudio.json").write_text('{"teacher": "tiny", "step": 0}')
-    distil(student, "--captions", TINY.parent / "heldout.csv", "--batch_size", 4, "--max_steps", 40)
+    distil(student, "--captions", TINY.parent / "heldout.csv", "--max_steps", 40)
     score.main([str(student), "--clips", "4"])
     row = json.loads((tmp_path / "out/scores.json").read_text())["small decoder"]
-    assert row["FD"] > 0 and 0.1 < row["log-mel error"] < 2     # after 2 steps 4.0, after 20 2.9
-    assert f"differ from the VAE's by {row['log-mel error']:.3f} ne" in capsys.readouterr().out
+    assert row["FD"] > 0 and 0.1 < row["log-mel error"] < 2.5   # 4.0 after 2 steps, 3.2 after 20
+    said = capsys.readouterr().out
+    assert f"differ from the VAE's by {row['log-mel error']:.3f} ne" in said
+    assert "N = 4 held-out" in said and "N = 512; --all measures them" in said
 
 
 def test_plain_diffusers_reads_the_folder_and_sample_uses_it_and_says_so(student, tmp_path):
@@ -114,10 +118,9 @@ def test_plain_diffusers_reads_the_folder_and_sample_uses_it_and_says_so(student
     assert torch.allclose(image_to_mel(image), system.decoder.decode(x0), atol=1e-4)
 
     for which in ("vae", "fast"):
-        sample.main(["--student", str(student), "--prompt", "a dog", "--out",
-                     str(tmp_path / which), "--decoder", which, "--device", "cpu"])
-    rows = [json.loads((tmp_path / which / "manifest.json").read_text())[0]
-            for which in ("vae", "fast")]
+        call(sample.main, "--student", student, "--prompt", "a dog", "--out", tmp_path / which,
+             "--decoder", which, "--device", "cpu")
+    rows = [sample.read_manifest(tmp_path / which)[0] for which in ("vae", "fast")]
     assert "decoder" not in rows[0] and rows[1]["decoder"] == str(student / "decoder")
     wavs = [(tmp_path / which / rows[0]["file"]).read_bytes() for which in ("vae", "fast")]
     assert wavs[0] != wavs[1] and len(wavs[0]) == len(wavs[1])
@@ -153,7 +156,7 @@ def test_a_student_of_another_machine_is_told_where_things_are(trained, student,
     monkeypatch.chdir(student.parent)
     Path("mine.csv").write_text("said\na cat\nthe rain\n")
     flags = ["--captions", "./mine.csv", "--teacher", trained[0]]
-    with pytest.raises(InputError, match="pass --teacher"):
+    with pytest.raises(InputError, match="no such folder, .*as --teacher"):
         distil(student, *flags[:2], "--caption_column", "said")
     with pytest.raises(InputError, match="--caption_column"):
         distil(student, *flags)
@@ -170,28 +173,23 @@ def test_a_complete_model_gets_a_decoder_that_starts_from_another(plain, caption
 
 
 def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
-    def stops(*flags, says):
-        with pytest.raises(InputError) as stopped:
-            distil(student, *flags)
-        for word in says:
-            assert word in str(stopped.value) and "\n" not in str(stopped.value)
-
-    stops("--clips", 1, says=["--clips 1", "--batch_size 2"])
-    stops("--student", "some/model", says=["some/model", "must be a folder here"])
+    stops = functools.partial(refuses, distil, student)
+    stops("--clips", 1, says="--clips 1: .* --batch_size 2")
+    stops("--student", "some/model", says="some/model: must be a folder here")
     AutoencoderTiny(**UNUSED, latent_channels=8).save_pretrained(tmp_path / "wide")
-    stops("--init", tmp_path / "wide", says=[str(tmp_path / "wide"), "does not fit"])
+    stops("--init", tmp_path / "wide", says=f"{tmp_path}/wide: .*does not fit")
     with monkeypatch.context() as patch:
         for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
             patch.setenv(name, value)
-        stops(says=["one process", "torchrun"])
+        stops(says="one process; start it without torchrun")
     assert not (student / "decoder").exists()               # nothing was written until here
 
     distil(student)
     before = (student / "decoder/checkpoint.pt").read_bytes()
-    stops("--clips", 6, says=["clips 8, not 6"])
+    stops("--clips", 6, says="clips 8, not 6")
     (tmp_path / "others.txt").write_text("a cat\nthe rain\n")
-    stops("--captions", tmp_path / "others.txt", says=["captions' text"])
+    stops("--captions", tmp_path / "others.txt", says="captions' text")
     state = load_file(student / WEIGHTS)
     save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, student / WEIGHTS)
-    stops(says=["student's weights"])                       # of as many steps, but another
+    stops(says="student's weights")                         # of as many steps, but another
     assert (student / "decoder/checkpoint.pt").read_bytes() == before

@@ -1,12 +1,11 @@
 """The decoder with folded upsampling is the same decoder, and makes the same clips."""
-import json
-
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import refused
 from diffusers import AutoencoderKL, AutoencoderTiny
+from runs import call
 from torch import nn
 
 import sample
@@ -46,11 +45,10 @@ def test_the_same_clips_as_sample_py(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(fast, "fold_upsampling", lambda d: (folded.append(d), fold_upsampling(d)))
     flags = ["--student", plain, "--prompt", "a dog", "--device", "cpu", "--precision", "fp32",
              "--out"]
-    for main, name in ((sample.main, "plain"), (fast.main, "folded")):
-        main([str(f) for f in (*flags, tmp_path / name)])
+    call(sample.main, *flags, tmp_path / "plain")
+    call(fast.main, *flags, tmp_path / "folded")
     assert sum(isinstance(m, nn.ConvTranspose2d) for m in folded[0].modules()) == 3
-    rows, again = (json.loads((tmp_path / name / "manifest.json").read_text("utf-8"))
-                   for name in ("plain", "folded"))
+    rows, again = (sample.read_manifest(tmp_path / name) for name in ("plain", "folded"))
     assert rows == again
     a, b = (soundfile.read(tmp_path / name / rows[0]["file"], dtype="int16")[0].astype(int)
             for name in ("plain", "folded"))

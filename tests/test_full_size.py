@@ -2,6 +2,7 @@
 
     python -m pytest --slow -s tests/test_full_size.py      # 20 minutes, 24 GB of memory and disk
 """
+import functools
 import os
 import resource
 import shutil
@@ -29,29 +30,25 @@ def run_measured(script, *flags, cwd):
     assert code == 0 and gib < 24
 
 
-def one_step_and_one_clip(teacher, captions, cwd):
-    """Sample the teacher's UNet in one step, then distil for a step; the number of parameters."""
-    run_measured("sample.py", "--student", teacher, "--prompt", "a dog", "--device", "cpu", cwd=cwd)
-    run_measured("train.py", "--teacher", teacher, "--captions", captions, "--max_steps", 1,
-                 "--batch_size", 1, "--grad_accum", 1, "--precision", "bf16", "--device", "cpu",
-                 cwd=cwd)
-    assert parameters(cwd / "out/student", "") == parameters(teacher)
-    run_measured("recipes.decoder", "--clips", 1, "--batch_size", 1, "--max_steps", 1, "--device",
-                 "cpu", cwd=cwd)
-    run_measured("sample.py", "--decoder", "fast", "--prompt", "a dog", "--overwrite", "--device",
-                 "cpu", cwd=cwd)
-    for recipe in (["recipes.energy"], ["recipes.arc", "--d_frozen", 1, "--contrast", 0]):
-        out = cwd / recipe[0]
-        shutil.rmtree(cwd / "out", ignore_errors=True)          # 17 GB
-        run_measured(*recipe, "--teacher", teacher, "--captions", captions, "--clips", 1,
-                     "--clip_steps", 1, "--max_steps", 1, "--batch_size", 1, "--grad_accum", 1,
-                     "--precision", "bf16", "--device", "cpu", "--out_dir", out, cwd=cwd)
-        assert parameters(out / "student", "") == parameters(teacher)
-        shutil.rmtree(out)
-    return soundfile.info(cwd / "samples/a-dog_seed0_0.wav").frames, parameters(teacher)
-
-
 @pytest.mark.slow
 def test_a_clip_and_a_step_at_auffusions_size(tmp_path, captions):
+    """Sample the teacher's UNet in one step, then distil for a step."""
     teacher = write_teacher(tmp_path / "auffusion", **FULL)
-    assert one_step_and_one_clip(teacher, captions, tmp_path) == (163840, 859_520_964)
+    measured = functools.partial(run_measured, cwd=tmp_path)
+    of_teacher = ["--teacher", teacher, "--captions", captions]
+    a_step = ["--max_steps", 1, "--batch_size", 1, "--device", "cpu"]
+    half = ["--grad_accum", 1, "--precision", "bf16"]
+    measured("sample.py", "--student", teacher, "--prompt", "a dog", "--device", "cpu")
+    measured("train.py", *of_teacher, *a_step, *half)
+    assert parameters(tmp_path / "out/student", "") == parameters(teacher) == 859_520_964
+    measured("recipes.decoder", "--clips", 1, *a_step)
+    measured("sample.py", "--decoder", "fast", "--prompt", "a dog", "--overwrite", "--device",
+             "cpu")
+    for recipe in (["recipes.energy"], ["recipes.arc", "--d_frozen", 1, "--contrast", 0]):
+        out = tmp_path / recipe[0]
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)     # 17 GB
+        measured(*recipe, *of_teacher, "--clips", 1, "--clip_steps", 1, *a_step, *half,
+                 "--out_dir", out)
+        assert parameters(out / "student", "") == parameters(teacher)
+        shutil.rmtree(out)
+    assert soundfile.info(tmp_path / "samples/a-dog_seed0_0.wav").frames == 163840

@@ -2,20 +2,13 @@
 import diffusers
 import pytest
 import torch
+from runs import noise, of
 
 from losses import diffuse, guided, lora_loss, one_step, tv_loss, vsd_loss
 
 SCHEDULE = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085,
                                    beta_end=0.012, clip_sample=False)
 ALPHA, SIGMA = SCHEDULE.alphas_cumprod.sqrt(), (1 - SCHEDULE.alphas_cumprod).sqrt()
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def of(values, t):
-    return values[t].view(-1, 1, 1, 1)
 
 
 class Gaussian:

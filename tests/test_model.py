@@ -107,7 +107,6 @@ def test_the_schedule(plain):
     ({"prediction_type": "v_prediction"}, "PNDMScheduler.* prediction_type v_prediction"),
     ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "alpha_T.* = 0;.* above 0"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler.* = 0;"),
-    ({"_class_name": "FlowMatchHeunDiscreteScheduler", "prediction_type": None}, "type None"),
     ({"_class_name": "NoSuchScheduler"}, "NoSuchScheduler")])
 def test_schedulers_that_this_method_cannot_use(broken, changes, says):
     edit(broken / "scheduler/scheduler_config.json", **changes)
@@ -323,17 +322,13 @@ OTHER_VOCODER = {**VOCODER, "upsample_rates": [8, 8, 2, 2], "upsample_kernel_siz
 @pytest.mark.parametrize("change, says", [
     (lambda f: [shutil.copytree(TINY / part, f / part, dirs_exist_ok=True) for part in (
         "text_encoder", "tokenizer")], "cross_attention_dim is 24, .* 128"),
-    (lambda f: change_unet(f, f / "unet", cross_attention_dim=32), "cross_attention_dim is 32, "),
     (lambda f: change_unet(f, f / "unet", in_channels=9), "in_channels is 9, .* 4"),
     (lambda f: change_unet(f, f / "unet", out_channels=8), "out_channels is 8, .* 4"),
-    (lambda f: change_unet(f, f / "unet", num_class_embeds=4), "num_class_embeds is 4, "),
     (lambda f: change_unet(f, f / "unet", time_cond_proj_dim=8), "time_cond_proj_dim is 8, "),
     (lambda f: edit(f / "vae/config.json", shift_factor=0.1), "shift_factor is 0.1, "),
-    (lambda f: edit(f / "vae/config.json", latents_mean=[0] * 4), "latents_mean is "),
     (lambda f: edit(f / "tokenizer/tokenizer_config.json", pad_token=None), "and pad_token None; "),
     (lambda f: edit(f / "tokenizer/vocab.json", zebra=192), "has 193 tokens .* at most the 192 "),
     (lambda f: write_vocoder(f / "vocoder", OTHER_VOCODER), "upsample_rates is 256, .* 160"),
-    (lambda f: edit(f / "vocoder/config.json", hop_size=256), "hop_size is 256, "),
     (lambda f: edit(f / "vocoder/config.json", sampling_rate=22050), "sampling_rate is 22050, ")])
 def test_parts_that_do_not_fit_each_other(broken, captions, change, says):
     model.check_fit(broken, load_unet(broken), TextEncoder(broken))

@@ -9,35 +9,28 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, start
+from conftest import ROOT, refused, started
 from PIL import Image
+from runs import call
 
 import data
 import sample
-import train
 from data import InputError
 from model import LOG_MAX, LOG_MIN, load_student, pick_device, sampling_dtype
+from sample import read_manifest
 
 
 @pytest.fixture(scope="module")
-def student(plain, captions, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    train.main([str(f) for f in (
-        "--teacher", plain, "--captions", captions, "--out_dir", out, "--max_steps", 1,
-        "--batch_size", 2, "--grad_accum", 1, "--lora_rank", 2, "--device", "cpu")])
-    return out / "student"
+def student(one_step_run):
+    return one_step_run / "student"
 
 
 def go(*flags):
-    sample.main([str(f) for f in ("--device", "cpu", *flags)])
+    call(sample.main, "--device", "cpu", *flags)
 
 
 def read(folder, name):
     return soundfile.read(folder / f"{name}.wav", dtype="int16")[0].astype(int)
-
-
-def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def test_the_command_line(student, tmp_path, monkeypatch, capsys):
@@ -55,7 +48,7 @@ def test_the_command_line(student, tmp_path, monkeypatch, capsys):
         assert f"samples/{name}.wav" in output
         assert Image.open(tmp_path / f"samples/{name}.png").size == (256, 256)
 
-    rows = manifest(tmp_path / "samples")
+    rows = read_manifest(tmp_path / "samples")
     assert [row["file"] for row in rows] == [f"{name}.wav" for name in names]
     assert rows[1] == {
         "file": "a-dog-barking_seed3_1.wav", "prompt": "A dog, barking!", "seed": 3, "k": 1,
@@ -79,7 +72,7 @@ def test_a_clip_is_the_same_alone_and_in_a_batch(student, tmp_path):
         assert np.abs(one - 32767 * wav).max() <= 3
     assert np.abs(one - read(tmp_path / "one", "rain_seed3_0")).max() > 2
     assert np.abs(wav - system("rain")[0]).max() > 1e-3
-    assert {row["dtype"] for row in manifest(tmp_path / "one")} == {"torch.float32"}
+    assert {row["dtype"] for row in read_manifest(tmp_path / "one")} == {"torch.float32"}
 
 
 def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys):
@@ -101,13 +94,12 @@ def test_files_of_prompts_overwriting_and_the_manifest(student, tmp_path, capsys
     (out / "wind_seed0_0.png").unlink()
     go(*flags, "--prompt", "wind")
     assert (out / "rain_seed0_0.wav").read_bytes() == before
-    assert [row["file"] for row in manifest(out)] == names + ["wind_seed0_0.wav"]
-    assert [row["prompt"] for row in manifest(out)] == ["rain", "Rain!", "犬が吠える", "wind"]
+    assert [row["file"] for row in read_manifest(out)] == names + ["wind_seed0_0.wav"]
+    assert [row["prompt"] for row in read_manifest(out)] == ["rain", "Rain!", "犬が吠える", "wind"]
     capsys.readouterr()
     go(*flags, "--prompt", "loud", "--prompts", tmp_path / "p.txt", "--n", 3, "--overwrite")
     printed = capsys.readouterr().out
     assert printed.count(".wav") == 10 and "12 clips, listed in" in printed
-    assert len(manifest(out)) == 13
 
 
 def test_a_name_for_every_clip():
@@ -117,23 +109,6 @@ def test_a_name_for_every_clip():
     assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
 
 
-def test_many_prompts_that_begin_alike_are_named_in_a_few_steps_each():
-    prompts, steps = [f"{'the sound of ' * 9}event {i}" for i in range(2000)], []
-
-    def count(frame, event, arg):
-        steps.append(event)
-        assert len(steps) < 50 * len(prompts)
-        return count
-
-    before = sys.gettrace()
-    sys.settrace(count)                                     # of the lines that run
-    try:
-        names = sample.file_names(prompts, 1, 0)
-    finally:
-        sys.settrace(before)
-    assert len(steps) > len(prompts) and len(set(names.values())) == len(prompts)
-
-
 def test_a_picture_has_low_frequencies_below(tmp_path):
     mel = torch.full((64, 10), LOG_MIN)
     mel[0] = LOG_MAX                                        # the lowest bin
@@ -141,19 +116,16 @@ def test_a_picture_has_low_frequencies_below(tmp_path):
     assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-4] < 10).all()
 
 
-# ---- the manifest -------------------------------------------------------------------------------
-
 def test_two_processes_may_write_to_one_folder(student, tmp_path):
-    flags = ("--student", student, "--n", 12, "--batch_size", 1, "--out", tmp_path, "--prompt")
-    both = [start("sample.py", [*flags, prompt, "--device", "cpu"], cwd=tmp_path)
-            for prompt in ("dog", "cat")]
-    for process in both:
-        with process:
-            said = process.communicate(timeout=600)[0]
-            assert process.returncode == 0, said
+    flags = ("--student", student, "--batch_size", 1, "--out", tmp_path, "--prompt")
+    with started(tmp_path / "dog_seed0_0.wav", "sample.py", *flags, "dog", "--n", 60, "--device",
+                 "cpu", cwd=tmp_path) as process:
+        go(*flags, "cat", "--n", 12)
+        said = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, said
     files = sorted(p.name for p in tmp_path.glob("*.wav"))
-    assert len(files) == 24 and sorted(row["file"] for row in manifest(tmp_path)) == files
-    assert not list(tmp_path.glob("*.tmp"))
+    listed = sorted(row["file"] for row in read_manifest(tmp_path))
+    assert len(files) == 72 and listed == files and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_row_waits_for_another_process_and_stands_behind_its_own(tmp_path):
@@ -164,7 +136,7 @@ def test_a_row_waits_for_another_process_and_stands_behind_its_own(tmp_path):
             wait([this], 0.5)
             path.write_text(json.dumps([{"file": "a", **row}]))
         this.result()
-    assert [row["file"] for row in manifest(tmp_path)] == ["a", "b"]
+    assert [row["file"] for row in read_manifest(tmp_path)] == ["a", "b"]
 
 
 def write_many(out, count, stop=None, **more):
@@ -182,17 +154,9 @@ def write_many(out, count, stop=None, **more):
 def test_what_was_made_is_listed_when_it_is_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_many(tmp_path, 200, stop="p120", more={"p1": {"words": "one"}})
-    assert [row["prompt"] for row in manifest(tmp_path)] == [f"p{i}" for i in range(100)]
-    assert [row.get("words") for row in manifest(tmp_path)] == [None, "one", *98 * [None]]
+    assert [row["prompt"] for row in read_manifest(tmp_path)] == [f"p{i}" for i in range(100)]
+    assert [row.get("words") for row in read_manifest(tmp_path)] == [None, "one", *98 * [None]]
     assert len(list(tmp_path.glob("*.wav"))) == len(list(tmp_path.glob("*.png"))) == 100
-
-
-def test_the_manifest_of_many_is_not_written_for_each_batch(tmp_path, monkeypatch):
-    written, replace_text = [], sample.replace_text
-    monkeypatch.setattr(sample, "replace_text", lambda *a: written.append(a) or replace_text(*a))
-    monkeypatch.setattr(sample, "replace_file", lambda *a: None)            # no clips
-    write_many(tmp_path, 2000)
-    assert 1 < len(written) < 25 and len(manifest(tmp_path)) == 2000        # of 40 batches
 
 
 @pytest.mark.parametrize("content, says", [
@@ -210,10 +174,8 @@ def test_what_cannot_be_written_is_named(student, tmp_path):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match=f"{name}: not "):
             go("--student", student, "--prompt", name[0], "--out", tmp_path, "--overwrite")
-        assert [row["file"] for row in sample.read_manifest(tmp_path)] == listed
+        assert [row["file"] for row in read_manifest(tmp_path)] == listed
 
-
-# ---- which system it is, and of what -------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, samples", [([], 10240), (["--seconds", 1.28], 20480)])
 def test_a_complete_one_step_model_and_its_length(plain, tmp_path, flags, samples):

@@ -1,9 +1,10 @@
 """docs/USE.md and README.md: each piece of Python runs, and does what it says."""
-import inspect
 import os
 import re
 import runpy
+import shutil
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
@@ -103,14 +104,12 @@ def test_what_is_uploaded_is_the_student_with_its_card_and_decoder(home, monkeyp
     (home / "out/student/decoder").mkdir()
     for name in ("README.md", "decoder/config.json", "decoder/checkpoint.pt"):
         (home / "out/student" / name).write_text("")
-    calls = {}
     for name in ("create_repo", "upload_folder"):
-        signature = inspect.signature(getattr(huggingface_hub, name))
-        monkeypatch.setattr(huggingface_hub, name, lambda *a, name=name, signature=signature, **kw:
-                            calls.update({name: signature.bind(*a, **kw).arguments}))
+        function = getattr(huggingface_hub, name)
+        monkeypatch.setattr(huggingface_hub, name, create_autospec(function))
     exec(HUB, {})
-    asked = calls["upload_folder"]
-    assert calls["create_repo"]["repo_id"] == asked["repo_id"]
+    asked = huggingface_hub.upload_folder.call_args.kwargs
+    assert huggingface_hub.create_repo.call_args.args == (asked["repo_id"],)
     there = Path(asked["folder_path"])
     files = [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()]
     assert sorted(filter_repo_objects(files, ignore_patterns=asked["ignore_patterns"])) == [
@@ -140,7 +139,8 @@ def apply(diff, code):
     return code
 
 
-def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
+def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(home, tmp_path):
+    """A checkpoint that does not know the flag goes on with its default, one that does here."""
     code = (ROOT / "train.py").read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(apply(FORK, code), encoding="utf-8")
     fork = runpy.run_path(str(tmp_path / "train.py"))["main"]
@@ -151,5 +151,10 @@ def test_a_fork_has_the_loss_the_flag_and_the_value_in_the_log(tmp_path):
         assert line["spread"] >= (line["x0_std"] - 1) ** 2 - 1e-6 > 0
     assert plain[0]["spread"] == pulled[0]["spread"]        # of the same first student
     assert plain[0]["grad_student"] != pulled[0]["grad_student"]
-    with pytest.raises(InputError, match="spread_weight 100.0, not 1.0"):
-        fork([*TRAIN, "--out_dir", str(tmp_path / "b"), "--spread_weight", "1"])
+    longer = [*TRAIN, "--max_steps", "3", "--out_dir"]
+    of_before = str(shutil.copytree(home / "out", tmp_path / "before"))
+    with pytest.raises(InputError, match="holds a run with spread_weight 0.0, not 1.0; start"):
+        fork([*longer, of_before, "--spread_weight", "1"])
+    fork([*longer, of_before])
+    train.main([*longer, str(tmp_path / "a")])
+    assert [len(runs.metrics(tmp_path / name)) for name in ("before", "a")] == [3, 3]
