@@ -74,9 +74,9 @@ def read_sounds(folder, column=None):
              or {p: [" ".join(w for w in ws if not w.isdigit())] for p, ws in words.items()})
     found = {p: [*dict.fromkeys(c for c in found.get(p, []) if c.strip())] for p in sounds}
     for what, bad in (("are not read; convert", [p for p in files if p.suffix.lower() in OTHERS]),
-                      ("have no caption; write it,", [p for p in sounds if not found[p]])):
+                      ("have no caption; write one,", [p for p in sounds if not found[p]])):
         some = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
-        require(not bad, f"{folder}: {len(bad)} of {len(files)} files {what} or remove them: {some}")
+        require(not bad, f"{folder}: {len(bad)} of {len(files)} files {what} or remove: {some}")
     return found
 
 
@@ -154,8 +154,8 @@ def main(argv=None):
             numbers = run.numbers(step, micro)
             net.require_backward_grad_sync = micro == args.grad_accum - 1   # DDP, once a step
             rows, texts = zip(*(caption_at(pairs, args.seed, n) for n in numbers))
-            x0, _, eps, _, _, t, u = (x.to(run.device) for x in (latents[[*rows]].float(),
-                *data.draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)))
+            _, eps, _, _, t, u = data.draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)
+            x0, eps, t, u = (x.to(run.device) for x in (latents[[*rows]].float(), eps, t, u))
             text = torch.where((u < 0.1)[:, None, None], run.null, run.encode_text(texts))
             # of v, as in tiny/make.py: plain eps-MSE hardly trains high t, where a student starts
             loss = lora_loss(x0, t, eps, text, eps_teacher, run.alpha, run.sigma, "v")
@@ -163,7 +163,7 @@ def main(argv=None):
             run.log(loss=loss)
         run.log(grad=torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or float("inf")))
         opt.step()
-    return run.end(f"train.py --teacher {run.out}/teacher --captions {args.captions}; sample.py")
+    return run.end(f"python train.py --teacher {run.out}/teacher --captions {args.captions}")
 
 
 if __name__ == "__main__":
