@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import sample
 from data import InputError, Parser, cli, replace_text, require, sampling_noise
 from extras.audio import log_mel
 from extras.metrics import sha256
@@ -26,7 +25,6 @@ from losses import one_step
 from model import HOP, RATE, cause, load_student
 
 MAKES = {"text": "text", "step": "x0", "decoder": "mel", "vocoder": "wav"}
-TIME = {"z_T": 3, "x0": 3, "mel": 2, "noise": 1}        # the axis of an input that is time
 LIMIT = {torch.float32: 0.01, torch.float16: 0.05}      # mean difference; log-mels in nepers
 MADE_WITH = "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"
 
@@ -89,15 +87,15 @@ def export(system, folder, dtype):
     known = {"ids": tokens.input_ids, "mask": tokens.attention_mask.float(), "z_T": z_T}
     about = {"unit": unit, "latents": list(system.shape), "rate": RATE, "hop": HOP, "parts": {}}
     batch, length = (torch.export.Dim(name, min=1, max=2 ** 12) for name in ("batch", "length"))
+    axes = {"z_T": {0: batch, 3: unit * length}, "x0": {0: batch, 3: length},
+            "mel": {0: batch, 2: length}, "noise": {1: length}}
     for name, (part, given) in parts(system, dtype).items():
-        axes = [{**({0: batch} if key != "noise" else {}),
-                 **({TIME[key]: unit * length if key == "z_T" else length} if key in TIME else {})}
-                for key in given]
         path = folder / f"{name}.onnx"
-        try:
+        try:                                            # the exporter has many errors of its own
             torch.onnx.export(part.eval(), tuple(given.values()), path, input_names=[*given],
-                              dynamic_shapes=(tuple(axes),), dynamo=True, verbose=False)
-        except Exception as e:                          # the exporter has many of its own
+                              dynamic_shapes=(tuple(axes.get(k, {0: batch}) for k in given),),
+                              dynamo=True, verbose=False)
+        except Exception as e:
             raise InputError(f"{name}: cannot be exported ({cause(e)})")
         if "noise" in given:                            # as the vocoder draws its own
             known["noise"] = torch.randn(1, mel.shape[2], given["noise"].shape[2],
@@ -108,19 +106,23 @@ def export(system, folder, dtype):
         error = (made - expected[name]).abs().mean().item()
         require(error < LIMIT[dtype], f"{name}: {error:.3g} off PyTorch's; try it without --half")
         known[MAKES[name]] = made
-        size = sum(file.stat().st_size for file in folder.glob(f"{name}.onnx*"))
-        print(f"{name}: {size / 1e6:.1f} MB, {error:.2g} off PyTorch's")
+        files = sorted(folder.glob(f"{name}.onnx*"))
+        size = sum(file.stat().st_size for file in files) / 1e6
+        print(f"{name}: {size:.1f} MB, {error:.2g} off PyTorch's")
         about["parts"][name] = {"inputs": {key: list(x.shape) for key, x in given.items()},
-                                "sha256": sha256(*sorted(folder.glob(f"{name}.onnx*")))}
+                                "sha256": sha256(*files)}
     return about
 
 
 @torch.no_grad()
 def main(argv=None):
     p = Parser(__doc__)
-    sample.add_system(p.add_argument)
-    p.add_argument("--out", type=Path, default=Path("onnx"), help="folder to make")
-    p.add_argument("--half", action="store_true", help="fp16, with norms in fp32")
+    add = p.add_argument
+    add("--student", default="out/student", help="folder or hub name of it")
+    add("--teacher", help="if not its own")
+    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
+    add("--out", type=Path, default=Path("onnx"), help="folder to make")
+    add("--half", action="store_true", help="fp16, with norms in fp32")
     args = p.parse_args(argv)
     for name in MADE_WITH[3:]:
         require(importlib.util.find_spec(name), f"{name} is needed: pip install {name}")
