@@ -23,7 +23,7 @@ def one_step(eps, z_T, text, alpha, sigma, t=None):
     """
     T = len(alpha) - 1
     x_t = z_T if t in (None, T) else sigma[t] * z_T
-    t = torch.full((len(z_T),), T if t is None else t, device=z_T.device)
+    t = torch.full((z_T.shape[0],), T if t is None else t, device=z_T.device)
     return (x_t - at(sigma, t) * eps(x_t, t, text)) / at(alpha, t)
 
 

@@ -12,7 +12,6 @@ FAD reads files as the public evaluation code does: the mean of the channels, wi
 resamples with resampy, this one as torchaudio does. All else takes the first channel less its mean.
 """
 import json
-import os
 import re
 import unicodedata
 import zlib
@@ -27,7 +26,7 @@ import data
 from data import number, read_json, replace_text, require
 from extras import metrics
 from extras.audio import read_audio, read_file
-from extras.metrics import SOUNDS, Cnn14, VGGish, recordings
+from extras.metrics import SOUNDS, Cnn14, Ear, VGGish, recordings
 from extras.teacher import add_teacher, open_system
 from model import RATE, STUDENT, TO_HEAR, pick_device
 from sample import add_system, read_manifest
@@ -38,19 +37,23 @@ CLIPS_VERSION = 1       # to be raised when the code makes other clips of the sa
 
 
 def load_networks(args):
-    """Load CNN14, VGGish and --clap: (hear, clap, {file: sha256}).
+    """Load CNN14 and VGGish, or --ear, and --clap: (hear, clap, {file: sha256}).
 
     hear: (path, seconds that it is cut to) -> CNN14's embedding (1, 2048) and logits (1, 527),
-    VGGish's patches (n, 128).
+    VGGish's patches (n, 128); or an Ear.
     """
     device = pick_device(args.device, exact=True)                       # TF32 would move scores
+    clap = metrics.Clap(args.clap, device) if args.clap else None
+    weights = {clap.file: clap.sha256} if clap else {}
+    if args.ear:
+        ear = Ear(args.ear, args.words)
+        return ear, clap, weights | ear.files
+    require(not args.words, "--words goes with --ear")
     read = lambda *how: read_audio(*how)[None].to(device)
     cnn, vgg = (metrics.load_network(kind, args.weights, args.download).to(device)
                 for kind in (Cnn14, VGGish))
     hear = lambda path, seconds: (*cnn(read(path, seconds)), vgg(read(path, seconds, RATE, True)))
-    clap = metrics.Clap(args.clap, device) if args.clap else None
-    weights = {network.file: network.sha256 for network in (cnn, vgg, clap) if network}
-    return hear, clap, weights
+    return hear, clap, weights | {network.file: network.sha256 for network in (cnn, vgg)}
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -68,7 +71,8 @@ def report(generated, reference, args, networks, prompts=None, **more):
     cosines = [float(clap(path, [prompts[name]], args.seconds))
                for name, (path, _) in tqdm(paired.items(), desc="clap")] if clap and prompts else []
     row = {"N": len(paired), **metrics.scores(real[:2], made[:2]),
-           "FAD": metrics.frechet(real[2], made[2]),
+           "FAD": metrics.frechet(real[2], made[2]) if real[2:] else None,
+           **(hear.hits(made[1], map(prompts.get, paired)) if getattr(hear, "fits", 0) else {}),
            "CLAP": sum(cosines) / len(cosines) if cosines else None,
            "weights": weights, "rate": RATE, "seconds": args.seconds, "fad_reads": "all channels",
            "generated": str(generated), "reference": str(reference), "crop_seed": args.crop_seed,
@@ -86,7 +90,8 @@ def line(name, row=None):
     cells = [k if row is None else "-" if row[k] is None else f"{row[k]:.{n}f}"
              for k, n in DIGITS.items()]
     captions = row["captions"] or "-" if row else "captions"
-    return f"{name:40s}" + "".join(f"{cell:>8s}" for cell in cells) + f"  {captions}"
+    hit = f"  hit {row['hit']:.2f} of {row['hit_N']}" if row and row.get("hit_N") else ""
+    return f"{name:40s}" + "".join(f"{cell:>8s}" for cell in cells) + f"  {captions}{hit}"
 
 
 def table(args):
@@ -105,12 +110,12 @@ def table(args):
 
 def score(args):
     """Score a folder of WAVs against another, paired by file name."""
-    clips = read_manifest(args.generated) if args.clap else []
-    prompts = {clip["file"]: clip.get("words", clip["prompt"]) for clip in clips} or None
-    for path in recordings(args.generated).values() if prompts else ():
+    clips = read_manifest(args.generated) if args.clap or args.words else []
+    prompts = {clip["file"]: clip.get("words", clip["prompt"]) for clip in clips}
+    for path in recordings(args.generated).values() if prompts or args.words else ():
         require(path.name in prompts, f"{args.generated}/manifest.json: knows no prompt of "
-                f"{path.name}; score without --clap")
-    report(args.generated, args.reference, args, load_networks(args), prompts)
+                f"{path.name}; score without --clap or --words")
+    report(args.generated, args.reference, args, load_networks(args), prompts or None)
 
 
 # ---- the paper's protocols -----------------------------------------------------------------------
@@ -280,9 +285,10 @@ def parse_args(argv=None):
             add("files", nargs="+", help="scores.json files")
             break
         add("--reference", type=Path, required=True, help="folder of recordings (wav, flac, ...)")
-        add("--weights", type=Path, default=Path(os.path.expanduser("~/.cache/swiftaudio")),
-            help="folder of CNN14, for FD, KL and IS, and VGGish, for FAD")
+        add("--weights", default="~/.cache/swiftaudio", help="folder of CNN14 and VGGish")
         add("--download", action="store_true", help="download them")
+        add("--ear", metavar="TFLITE", help="YAMNet in the place of CNN14 and VGGish")
+        add("--words", help="JSON as extras/esc10_words.json: what --ear hears of captions' words")
         add("--clap", default="laion/clap-htsat-unfused" if command is clotho else None,
             help="CLAP model: hub name or folder")
         add("--seconds", type=number(float, 0.1, 3600), default=10.0, help="what files are cut to")

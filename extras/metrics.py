@@ -15,8 +15,8 @@ from torch import nn
 from transformers import ClapModel, ClapProcessor
 from transformers.audio_utils import mel_filter_bank
 
-from data import InputError, require
-from extras.audio import read_audio
+from data import InputError, read_captions, read_json, require
+from extras.audio import read_audio, read_file, resample
 from model import RATE, TINY, cause
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
@@ -243,6 +243,60 @@ class Clap:
         a = self.model.get_audio_features(**sound.to(self.model.device)).pooler_output
         t = self.model.get_text_features(**words.to(self.model.device)).pooler_output
         return F.cosine_similarity(a, t).cpu()
+
+
+class Ear:
+    """YAMNet: a file, seconds -> embedding (1, 1024), logits (1, 521): of means over its windows.
+
+    words: JSON, {"dog, hound": [classes that fit a caption with one of these words], ...}.
+    """
+
+    def __init__(self, path, words=None):
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+            self.net = net = Interpreter(str(path), experimental_preserve_all_tensors=True)
+            net.allocate_tensors()                      # all, as the embedding is inside
+        except Exception as e:
+            raise InputError(f"--ear {path}: not loaded ({cause(e)}); pip install ai-edge-litert?")
+        table = Path(path).with_name("yamnet_class_map.csv")
+        self.names = read_captions(table, "display_name")[0]
+        self.files = {Path(p).name: sha256(p) for p in (path, words) if p}
+        sizes = {"input": [15600], "output": [1, len(self.names)], "tensor": [1, 1024]}
+        self.ports = [t["index"] for kind, size in sizes.items()
+                      for t in getattr(net, f"get_{kind}_details")() if [*t["shape"]] == size]
+        require(len(self.ports) == 3, f"--ear {path}: is not YAMNet, or not of its class map")
+        self.fits = read_json(words) if words else {}
+        lost = {name for fit in self.fits.values() for name in fit} - {*self.names}
+        require(not lost, f"{words}: YAMNet has no class {sorted(lost)[:3]}")
+
+    def windows(self, wav):
+        """Scores (n, 521), embeddings (n, 1024) of n windows spread over a waveform at 16 kHz."""
+        wav, found = np.pad(wav, (0, max(0, 15600 - len(wav)))).astype(np.float32), []
+        for start in np.linspace(0, len(wav) - 15600, -(-len(wav) // 15600)).astype(int):
+            self.net.set_tensor(self.ports[0], wav[start:start + 15600])
+            self.net.invoke()
+            found.append([self.net.get_tensor(port)[0].copy() for port in self.ports[1:]])
+        return [np.stack(column) for column in zip(*found)]
+
+    def __call__(self, path, seconds):
+        wav, rate = read_file(path)
+        wav = resample(torch.from_numpy(wav.mean(1)), rate, RATE)[:round(seconds * RATE)]
+        scores, embeddings = (torch.from_numpy(x.mean(0))[None] for x in self.windows(wav.numpy()))
+        return embeddings, scores.logit(1e-6)
+
+    def hits(self, logits, captions):
+        """How often the top 3 has a class that fits the first key with a word of the caption."""
+        found = []
+        for top, caption in zip(logits.topk(3).indices.tolist(), captions):
+            said = {word.strip(".,;:!?\"'()") for word in caption.lower().split()}
+            fits = [fit for key, fit in self.fits.items() if said & {*key.split(", ")}]
+            found += [any(self.names[i] in fit for i in top) for fit in fits[:1]]
+        return {"hit": sum(found) / len(found) if found else None, "hit_N": len(found)}
+
+
+def hear(path, waveforms):
+    """Of each of waveforms (N,) at 16 kHz, YAMNet's windows: [scores (n, 521)], [embeddings]."""
+    return [[*column] for column in zip(*map(Ear(path).windows, waveforms))]
 
 
 # ---- folders -------------------------------------------------------------------------------------

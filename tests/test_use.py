@@ -21,7 +21,7 @@ from data import InputError
 from model import load_student, load_unet
 
 DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
-API, DIFFUSERS, DDIM, PEFT, HUB, SPACE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+API, DIFFUSERS, DDIM, PEFT, ONNX, HUB, SPACE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 README, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 FORK, = re.findall(r"```diff\n(.*?)```", DOC, re.DOTALL)
 TRAIN = ["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu",

@@ -1,0 +1,110 @@
+"""Fine-tuning on recordings: folders of them, what is learnt, and the teacher that is left."""
+from pathlib import Path
+
+import peft
+import pytest
+import soundfile
+import torch
+from runs import curves, same
+from safetensors.torch import load_file
+
+import model
+from data import InputError, caption_at, draw_batch
+from extras.audio import encode_audio, resample
+from losses import lora_loss
+from recipes.sounds import main, read_sounds
+
+
+def tone(path, hertz=440, seconds=1.0, rate=16000, gains=(1,)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.5 * (torch.arange(round(seconds * rate)) * 2 * torch.pi * hertz / rate).sin()
+    soundfile.write(path, (wave[:, None] * torch.tensor(gains)).numpy(), rate)
+    return torch.from_numpy(soundfile.read(path, dtype="float32", always_2d=True)[0].mean(1))
+
+
+@pytest.fixture
+def go(plain, tmp_path):
+    def go(out, flags="", steps=1):
+        main(f"--teacher {plain} --sounds {tmp_path}/two --out_dir {tmp_path}/{out} --device cpu "
+             f"--max_steps {steps} --batch_size 8 --lr 1e-2 --lora_rank 4 --log_every 1 --warmup 0 "
+             f"--no-decay {flags}".split())
+        return tmp_path / out
+    tone(tmp_path / "two/low/x.wav", 300), tone(tmp_path / "two/high/x.wav", 3000)
+    return go
+
+
+def test_captions_are_by_the_first_layout_and_none_is_dropped(tmp_path, monkeypatch):
+    def tell():
+        try:
+            return str([*read_sounds(tmp_path).values()])
+        except InputError as e:
+            return str(e).replace(f"{tmp_path}/", "")
+
+    monkeypatch.chdir(tmp_path)
+    names = "001 - Dog bark/x.flac", "02_rain/x.wav", "3d printer/x.wav"
+    for i, name in enumerate(names):
+        tone(Path(name))
+        Path(name).with_suffix(".txt").write_text(f"a  {i}\nb, c\na {i}\n" * (i != 1))
+    tone(mp3 := Path("02_rain/x.mp3"))
+    assert f"2 of 7 files have no caption; write one, or remove: {mp3}, {names[1]}" in tell()
+    Path("02_rain/x.txt").write_text("rain")            # beside both sounds, so of both
+    assert tell() == "[['a 0', 'b, c'], ['rain'], ['rain'], ['a 2', 'b, c']]"
+    mp3.rename("02_rain/x.M4A")
+    assert "1 of 7 files are not read; convert or remove: 02_rain/x.M4A" in tell()
+    [path.unlink() for path in (*tmp_path.glob("*/*.txt"), Path("02_rain/x.M4A"))]
+    assert tell() == "[['dog bark'], ['rain'], ['3d printer']]"
+    table = "File_Name,caption_1,caption_2\n%s,a dog,\n%s,rain,drops\n%s,print,\n" % names
+    for text, says in (("".join(f'{{"wav": "{name}", "text": "{name[-2:]}"}}' for name in names),
+                        "[['ac'], ['av'], ['av']]"), (table + "x,y,\n", "row 4: its file_name or "),
+                       ("a,text\n1,2", "row 1: its file_name or "), (table + "x\n", "row 4: "),
+                       (table + f"{tmp_path}/{names[1]},rain,more\n", "['rain', 'drops', 'more']")):
+        Path("metadata.jsonl" if text[0] == "{" else "metadata.csv").write_text(text)
+        assert says in tell()
+    [path.unlink() for path in tmp_path.glob("metadata*")], tone(Path("0.wav"))
+    assert "1 of 4 files have no caption; write one, or remove: 0.wav" in tell()
+
+
+def test_a_sound_is_mono_at_16_khz_its_loudest_part_or_padded(go, plain, tmp_path, capsys):
+    burst, zeros = tone(tmp_path / "two/high/x.wav", seconds=0.64), torch.zeros(20480)
+    soundfile.write(tmp_path / "two/high/x.wav", torch.cat([zeros, burst]).numpy(), 16000)
+    short = tone(tmp_path / "two/low/x.wav", seconds=0.1)
+    stereo = tone(tmp_path / "two/mp3/x.mp3", seconds=0.64, rate=44100, gains=(0.2, 0.8))
+    found = load_file(go("out") / "latents.safetensors")["clips"].float()
+    assert "3 sounds: 1 are cut to their loudest 0.64 s, 1 are padded" in capsys.readouterr().out
+    wavs = [x[:len(burst)] for x in (burst, torch.cat([short, zeros]), resample(stereo, 441, 160))]
+    system = model.load_teacher(plain, 1, precision="fp32", device="cpu")
+    same(found, encode_audio(system, torch.stack(wavs)), rtol=0, atol=5e-3)
+
+
+def test_two_and_two_steps_are_four_and_of_the_same_sounds(go, tmp_path, monkeypatch):
+    whole, _ = go("whole", steps=4), go("out", steps=2)
+    monkeypatch.setattr("recipes.sounds.encode_audio", None)    # the latents are kept
+    out = go("out", steps=4)
+    assert curves(out) == curves(whole) and len(curves(out)) == 4
+    for path in whole.rglob("*.safetensors"):
+        same(load_file(out / path.relative_to(whole)), load_file(path))
+    (tmp_path / "two/low").rename(tmp_path / "two/lower")
+    with pytest.raises(InputError, match="with sounds' captions "):
+        go("out", steps=5)
+
+
+def test_it_learns_and_the_teacher_is_complete(go, plain, tmp_path):
+    (tmp_path / "old.txt").write_text('a "b", c\nlow\nd\n')
+    out = go("out", f"--old_captions {tmp_path}/old.txt --old 2", steps=40)
+    assert (out / "captions.csv").read_text() == '"caption"\n"high"\n"low"\n"a ""b"", c"\n'
+    _, eps, _, _, t, u = draw_batch(range(8), 0, (4, 8, 8), 0, 1, 999)
+    x0 = load_file(out / "latents.safetensors")["clips"].float()
+    x0 = torch.stack([caption_at(x0, 0, n) for n in range(8)])
+    words = ["" if drop < 0.1 else caption_at(["high", "low"], 0, n) for n, drop in enumerate(u)]
+    unet, schedule = model.load_unet(plain), model.noise_schedule(model.load_scheduler(plain))
+    loss = lora_loss(x0, t, eps, model.TextEncoder(plain)(words), model.denoiser(unet), *schedule,
+                     "v").mean().item()
+    losses = [line["loss"] for line in curves(out)]
+    assert "" in words and losses[0] == pytest.approx(loss, rel=1e-4), losses
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), losses
+    x = torch.randn(2, 4, 8, 8), torch.tensor([9, 900]), torch.randn(2, 77, 24)
+    adapted = peft.PeftModel.from_pretrained(unet, out / "lora")(*x).sample
+    same(model.load_unet(out / "teacher")(*x).sample, adapted, rtol=1e-4, atol=1e-5)
+    for path in [p for p in plain.rglob("*") if p.is_file() and p.parent.name != "unet"]:
+        assert (out / "teacher" / path.relative_to(plain)).read_bytes() == path.read_bytes()
+    assert not (go("full", "--all_weights") / "lora").exists()
