@@ -26,7 +26,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--student", default="out/student", help="folder of train.py; decoder/ is written to it")
     add("--teacher", help="folder or hub name, if not the student's own")
-    add("--captions", help="csv, tsv, txt, json or jsonl file; default: the student's")
+    add("--captions", help="csv, tsv, txt, json or jsonl file; default: the teacher's")
     add("--caption_column", help="their column or key, if its name is unusual")
     add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
     add("--clips", type=count, default=3072, help="training clips, made at the start")
@@ -94,16 +94,6 @@ def make_pairs(run, unet, vae, encode_text):
     return [torch.cat(column) for column in zip(*pairs)]
 
 
-def read_captions(args, about):
-    """Read --captions, else those of the student's own run: (path, captions, counts)."""
-    flags = {} if args.captions else about.get("flags", {})
-    theirs = flags.get("captions") or "./"              # ./NAME is a file of another machine
-    require(args.captions or not theirs.startswith("./"),
-            f"--captions FILE is needed: {args.student} does not say where its own are")
-    path, column = args.captions or theirs, args.caption_column or flags.get("caption_column")
-    return path, *data.read_captions(path, column, flags.get("max_captions"))
-
-
 def first_decoder(args, home, vae):
     """Load --init, or make a decoder of the teacher's settings; InputError if it is no VAE's."""
     torch.manual_seed(args.seed)
@@ -127,12 +117,13 @@ def start(args):
     run = DecoderRun(args, folder / "decoder")
     require(run.ranks == 1, "recipes.decoder: runs in one process; start it without torchrun")
     run.device, run.timestep = model.pick_device(args.device), about.get("timestep")
-    path, run.captions, n = read_captions(args, about)
-    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
-
     home = model.find(args.teacher or about.get("teacher", args.student),
-                      [*model.TO_TRAIN, "vae/*"], skip=["unet/diffusion*"],
-                      advice=f"as the teacher of {args.student}, pass --teacher")
+                      [*model.TO_TRAIN, "vae/*"], skip=["unet/diffusion*"])
+    own = model.read_settings(home).get("train", {}).get("captions")
+    require(args.captions or own, f"--captions FILE is needed: {home} brings none")
+    path = args.captions or home / own
+    run.captions, n = data.read_captions(path, args.caption_column)
+    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
     run.shape = model.latent_shape(home, about.get("seconds"))
     run.schedule = model.noise_schedule(model.load_scheduler(home), run.device)
     unet = model.load_unet(folder, part).to(run.device)

@@ -33,7 +33,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def trained(captions, tmp_path_factory):
     """A run of a teacher whose settings have a small decoder."""
     teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
-    (teacher / "swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
+    own = {"seconds": 0.64, "decoder": SMALL, "train": {"captions": str(captions)}}
+    (teacher / "swiftaudio.json").write_text(json.dumps(own))
     out = tmp_path_factory.mktemp("run")
     call(train.main, "--teacher", teacher, "--captions", captions, "--out_dir", out, *runs.SMALL,
          "--max_steps", 1, "--lora_rank", 2)
@@ -63,14 +64,14 @@ def test_a_decoder_without_a_checkpoint_is_kept(student):
 def test_a_run_is_that_of_its_flags_and_of_its_student(trained, student, captions, monkeypatch):
     """Two steps by hand: which clips of which captions, from where, at which rate."""
     about = json.loads((student / "swiftaudio.json").read_text())
-    about["timestep"], about["flags"]["max_captions"] = 500, 5
+    about["timestep"] = 500
     (student / "swiftaudio.json").write_text(json.dumps(about))
     seen, loss = [], decoder.decoder_loss
     monkeypatch.setattr(decoder, "decoder_loss", lambda *both: seen.append(
         [x.detach().clone() for x in both]) or loss(*both))
     distil(student, "--seed", 3, "--clips", 6, "--batch_size", 3, "--lr", 1e-3)
 
-    home, texts = trained[0], read_captions(captions)[0][:5]
+    home, texts = trained[0], read_captions(captions)[0]
     alpha, sigma = model.noise_schedule(model.load_scheduler(home))
     vae = AutoencoderKL.from_pretrained(home / "vae")
     z_T = draw_batch(range(6), 3, model.latent_shape(home, 0.64), 0, 1, 999)[0]
@@ -151,13 +152,14 @@ def test_its_size_is_taesd_s_without_settings():
 def test_a_student_of_another_machine_is_told_where_things_are(trained, student, monkeypatch):
     """Its teacher, and captions, which may be in the folder that one is in."""
     (student.parent / "paths.json").unlink()
-    with pytest.raises(InputError, match="--captions FILE is needed"):
-        distil(student)
     monkeypatch.chdir(student.parent)
     Path("mine.csv").write_text("said\na cat\nthe rain\n")
-    flags = ["--captions", "./mine.csv", "--teacher", trained[0]]
+    flags = ["--captions", "./mine.csv", "--teacher", shutil.copytree(trained[0], "teacher")]
     with pytest.raises(InputError, match="no such folder, .*as --teacher"):
         distil(student, *flags[:2], "--caption_column", "said")
+    Path("teacher/swiftaudio.json").write_text(json.dumps({"seconds": 0.64, "decoder": SMALL}))
+    with pytest.raises(InputError, match="--captions FILE is needed: .* brings none"):
+        distil(student, *flags[2:])
     with pytest.raises(InputError, match="--caption_column"):
         distil(student, *flags)
     distil(student, *flags, "--caption_column", "said")

@@ -32,7 +32,8 @@ def words_of(plain, captions, one_step_run, tmp_path):
         where = ["--teacher", plain, "--captions", captions, "--out_dir", tmp_path / out, *SMALL]
         if name == "decoder":
             shutil.copytree(one_step_run, tmp_path / out, dirs_exist_ok=True)
-            where, out = ["--student", tmp_path / out / "student"], f"{out}/student/decoder"
+            where = ["--student", tmp_path / out / "student", "--captions", captions]
+            out = f"{out}/student/decoder"
         elif name != "train":
             where += ["--cache", captions.parent / "clips.safetensors"]
         return [str(word) for word in (*where, *PROGRAMS[name][1:], *flags)], tmp_path / out
