@@ -60,7 +60,7 @@ def test_captions_are_by_the_first_layout_and_none_is_dropped(tmp_path, monkeypa
                        (table + f"{tmp_path}/{names[1]},rain,more\n", "['rain', 'drops', 'more']")):
         Path("metadata.jsonl" if text[0] == "{" else "metadata.csv").write_text(text)
         assert says in tell()
-    [path.unlink() for path in tmp_path.glob("metadata*")], tone(Path("0.wav"))
+    Path("metadata.jsonl").unlink(), Path("metadata.csv").unlink(), tone(Path("0.wav"))
     assert "1 of 4 files have no caption; write one, or remove: 0.wav" in tell()
 
 
@@ -93,18 +93,18 @@ def test_it_learns_and_the_teacher_is_complete(go, plain, tmp_path):
     out = go("out", f"--old_captions {tmp_path}/old.txt --old 2", steps=40)
     assert (out / "captions.csv").read_text() == '"caption"\n"high"\n"low"\n"a ""b"", c"\n'
     _, eps, _, _, t, u = draw_batch(range(8), 0, (4, 8, 8), 0, 1, 999)
-    x0 = load_file(out / "latents.safetensors")["clips"].float()
-    x0 = torch.stack([caption_at(x0, 0, n) for n in range(8)])
+    clips = load_file(out / "latents.safetensors")["clips"].float()
     words = ["" if drop < 0.1 else caption_at(["high", "low"], 0, n) for n, drop in enumerate(u)]
     unet, schedule = model.load_unet(plain), model.noise_schedule(model.load_scheduler(plain))
-    loss = lora_loss(x0, t, eps, model.TextEncoder(plain)(words), model.denoiser(unet), *schedule,
-                     "v").mean().item()
+    loss = lora_loss(torch.stack([caption_at(clips, 0, n) for n in range(8)]), t, eps,
+        model.TextEncoder(plain)(words), model.denoiser(unet), *schedule, "v").mean().item()
     losses = [line["loss"] for line in curves(out)]
-    assert "" in words and losses[0] == pytest.approx(loss, rel=1e-4), losses
+    assert "" in words and losses[0] == pytest.approx(loss, rel=1e-5), losses
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), losses
     x = torch.randn(2, 4, 8, 8), torch.tensor([9, 900]), torch.randn(2, 77, 24)
     adapted = peft.PeftModel.from_pretrained(unet, out / "lora")(*x).sample
     same(model.load_unet(out / "teacher")(*x).sample, adapted, rtol=1e-4, atol=1e-5)
     for path in [p for p in plain.rglob("*") if p.is_file() and p.parent.name != "unet"]:
         assert (out / "teacher" / path.relative_to(plain)).read_bytes() == path.read_bytes()
-    assert not (go("full", "--all_weights") / "lora").exists()
+    full = model.load_unet(go("all", "--all_weights") / "teacher")
+    assert not full.conv_in.bias.equal(unet.conv_in.bias)
