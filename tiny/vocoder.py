@@ -1,0 +1,2 @@
+def train(plan, adversary=False):
+    pass
