@@ -56,6 +56,7 @@ class Plan:
     teacher: Path
     clips: int
     warm: bool = False                          # start from the shipped teacher
+    seed: int = SEED + 1000                     # of the clips: no scored clip has it
 
     @property
     def build(self):
@@ -81,8 +82,7 @@ SHIPPED = Plan(world.SYNTHESIS, HERE, TINY, 30000)
 def clip(index):
     """Render clip `index` of a list: its spectrogram's image (64, 256), its labels as 0 and 1."""
     source, descriptions, seed = clip.of
-    _, events, join = descriptions[index]
-    wav, labels = source.render(np.random.default_rng((seed, index)), events, join)
+    wav, labels = source.clip(descriptions, index, seed)
     image = mel_to_image(log_mel(torch.from_numpy(wav)[None], MELS))[0, 0]
     return image.half().numpy(), np.isin(np.arange(len(source.labels)), labels)
 
@@ -166,10 +166,9 @@ def stage_data(plan):
         settings = read_settings(TINY)
         settings["train"]["captions"] = "captions.csv"
         replace_text(plan.teacher / "swiftaudio.json", json.dumps(settings, indent=2) + "\n")
-    # seeds that no scored clip has
-    render(plan, "teacher", plan.source.clips(plan.clips, True), SEED + 1000)
+    render(plan, "teacher", plan.source.clips(plan.clips, True), plan.seed)
     if not plan.warm:
-        render(plan, "classifier", plan.source.clips(plan.clips // 3, False), SEED + 2000)
+        render(plan, "classifier", plan.source.clips(plan.clips // 3, False), plan.seed + 1000)
 
 
 def stage_vae(plan, steps=1200, size=32, lr=2e-3, rough=0.0):
@@ -370,11 +369,11 @@ STAGES = {
 }
 RECORDED = {
     "data": stage_data,
-    "vae": functools.partial(stage_vae, steps=2400, size=8, lr=1e-3, rough=1.0),
-    "vocoder": vocoder.train,
+    "vae": functools.partial(stage_vae, steps=1600, size=8, lr=1e-3, rough=1.0),
+    "vocoder": functools.partial(vocoder.train, fit=fit),
     "teacher": functools.partial(stage_teacher, steps=1400, lr=1e-3, size=32),
     "again": functools.partial(stage_teacher, steps=900, lr=7e-4, again=True, size=32),
-    "vocoder2": functools.partial(vocoder.train, adversary=True),
+    "vocoder2": functools.partial(vocoder.train, fit=fit, adversary=True),
 }
 
 

@@ -260,6 +260,10 @@ class World:
         """Make a description's sound: waveform (N,) float32 in [-1, 1], and indices of `labels`."""
         raise NotImplementedError
 
+    def clip(self, descriptions, index, seed):
+        """Render one of a list of (caption, events, join): the same in any order."""
+        return self.render(np.random.default_rng((seed, index)), *descriptions[index][1:])
+
     def phrase(self, event, subject, adverb, gerund=False):
         """Put one event into words: phrase("dog", 0, "twice") is "a dog barks twice"."""
         subjects, verb, gerund_form, _ = self.events[event]
