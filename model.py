@@ -301,58 +301,50 @@ def image_to_mel(image):
 class FrameVocoder(nn.Module):
     """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
 
-    noise: channels of noise beside the mel; the network then also says how loud noise is in each
-    bin, as a mel does not determine rain. 0: none. There are no complex numbers, which ONNX lacks.
+    noise: channels of noise beside the mel; the network then says too how loud noise is in each
+    bin, for mels do not determine rain. 0: none. Nothing is complex, which ONNX could not express.
     """
 
     def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
         super().__init__()
-        self.noise, self.n_fft, self.hop = noise, n_fft, hop_size
-        self.bins = bins = n_fft // 2 + 1
+        self.noise, self.hop, self.bins = noise, hop_size, n_fft // 2 + 1
         self.first = nn.Conv1d(num_mels + noise, width, 7, padding=3)
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
                                    for _ in range(blocks))
         self.mixers = nn.ModuleList(nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
             for _ in range(blocks))
-        self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, bins)
-        self.head = nn.Linear(width, (3 if noise else 2) * bins)
-        angle = 2 * math.pi / n_fft * torch.outer(torch.arange(bins), torch.arange(n_fft)).double()
-        twice = torch.tensor([1] + [2] * (bins - 2) + [1]).double()[:, None] / n_fft
-        self.window = torch.hann_window(n_fft)          # no buffers: half() would round them
-        self.inverse = (torch.cat([twice * angle.cos(), -twice * angle.sin()]).float()
-                        * self.window)                                  # (2 bins, n_fft)
+        self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
+        self.head = nn.Linear(width, (2 + bool(noise)) * self.bins)
+        window, k = torch.hann_window(n_fft, dtype=torch.float64), torch.arange(self.bins)
+        angle = 2 * math.pi / n_fft * torch.outer(k, torch.arange(n_fft)).double()
+        weight = (2 - (k % (n_fft // 2) == 0).double())[:, None] / n_fft    # ends stand once
+        bases = torch.cat([weight * angle.cos(), -weight * angle.sin()]) * window
+        self.inverse = (bases * hop_size / window.square().sum()).float()   # no buffer: half()
 
     dtype = property(lambda self: self.head.weight.dtype)
 
     def istft(self, spectrum):
-        """Real and imaginary parts (B, T, 2 bins) -> (B, T * hop), as torch.istft but for ends."""
-        window, out = self.window.to(spectrum.device), []
-        squares = window.square().expand(1, spectrum.shape[1], -1)
-        for frames in (spectrum @ self.inverse.to(spectrum.device), squares):
-            parts = frames.unflatten(2, (-1, self.hop)).unbind(2)
-            added = sum(F.pad(part, (0, 0, i, len(parts) - 1 - i)) for i, part in enumerate(parts))
-            out.append(added.flatten(1))
-        start = (self.n_fft - self.hop) // 2
-        return (out[0] / (out[1] + 1e-8))[:, start:start + spectrum.shape[1] * self.hop]
+        """Real and imaginary parts (B, T, 2 bins) -> (B, T * hop), the ends faded by the window."""
+        frames = (spectrum @ self.inverse.to(spectrum.device)).unflatten(2, (-1, self.hop))
+        more = frames.shape[2] - 1
+        wav = sum(F.pad(frames[:, :, i], (0, 0, i, more - i)) for i in range(more + 1)).flatten(1)
+        return wav[:, more * self.hop // 2:][:, :spectrum.shape[1] * self.hop]
 
     def forward(self, mel, noise=None):                 # (B, T, M), (1 or B, T, 2 bins)
         if noise is None:                               # the same in any batch
-            shape, generator = (1, mel.shape[1], len(self.inverse)), torch.Generator()
-            noise = torch.randn(shape, generator=generator.manual_seed(0))
+            shape, seeded = (1, mel.shape[1], 2 * self.bins), torch.Generator().manual_seed(0)
+            noise = torch.randn(shape, generator=seeded)
         noise = noise.to(mel).expand(len(mel), -1, -1)
         x = torch.cat([(mel + 4) / 4, noise[..., :self.noise]], 2).transpose(1, 2)
         x = self.first(x)
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
-        levels = self.head(self.norm(x.transpose(1, 2))).float().chunk(3 if self.noise else 2, 2)
-        prior = self.prior(mel).float()
-        loud = (prior + levels[0]).clamp(max=6).exp()
-        spectrum = torch.cat([loud * levels[1].cos(), loud * levels[1].sin()], 2)
-        if self.noise:
-            loud = (prior + levels[2]).clamp(max=6).exp()
-            spectrum = spectrum + torch.cat([loud, loud], 2) * noise
-        return self.istft(spectrum).clamp(-1, 1)
+        phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
+        loud = [(self.prior(mel).float() + more).clamp(max=6).exp().repeat(1, 1, 2)
+                for more in loud]                       # of phases, of noise
+        parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.float()]
+        return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
 
 
 def load_vocoder(path):

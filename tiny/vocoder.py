@@ -56,8 +56,8 @@ def new_vocoder():
         net.prior.bias.copy_(torch.from_numpy(weight @ -np.log(bank.sum(0)) - 1.0))
         for mixer in net.mixers:
             mixer[3].weight.mul_(1 / len(net.mixers))
-        net.head.weight.mul_(torch.tensor([0.3, 2.0, 0.3]).repeat_interleave(bins)[:, None])
-        net.head.bias.copy_(torch.cat([torch.zeros(bins), 6.28 * torch.rand(bins),
+        net.head.weight.mul_(torch.tensor([2.0, 0.3, 0.3]).repeat_interleave(bins)[:, None])
+        net.head.bias.copy_(torch.cat([6.28 * torch.rand(bins), torch.zeros(bins),
                                        torch.full((bins,), -1.0)]))
     return net
 
@@ -84,7 +84,7 @@ class Discriminator(nn.Module):
         return [*found, self.last(x)]
 
 
-def train(plan, fit, steps=1000, size=4, lr=1e-3, adversary=False):
+def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
     """Train the vocoder of a plan of tiny.make, by its fit(), and save it in fp16.
 
     adversary: go on, with the discriminators.
