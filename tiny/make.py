@@ -370,10 +370,10 @@ STAGES = {
 RECORDED = {
     "data": stage_data,
     "vae": functools.partial(stage_vae, steps=1600, size=8, lr=1e-3, rough=1.0),
-    "vocoder": functools.partial(vocoder.train, fit=fit),
-    "teacher": functools.partial(stage_teacher, steps=1400, lr=1e-3, size=32),
-    "again": functools.partial(stage_teacher, steps=900, lr=7e-4, again=True, size=32),
-    "vocoder2": functools.partial(vocoder.train, fit=fit, adversary=True),
+    "vocoder": functools.partial(vocoder.train, fit=fit, steps=1000),
+    "teacher": functools.partial(stage_teacher, steps=1200, lr=1e-3, size=32),
+    "again": functools.partial(stage_teacher, steps=800, lr=7e-4, again=True, size=32),
+    "vocoder2": functools.partial(vocoder.train, fit=fit, steps=700, lr=3e-4, adversary=True),
 }
 
 
