@@ -18,6 +18,7 @@ import model
 from data import replace_file, replace_text
 from extras.audio import log_mel, mel_filters
 from extras.fast import fold_upsampling
+from tiny.world import CLIPS_SEED
 
 CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=8, n_fft=640, hop_size=160)
 SIZES = (2048, 1024, 512, 256, 128)             # of spectra, in samples
@@ -90,7 +91,7 @@ def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
     adversary: go on, with the discriminators.
     """
     clips, folder = plan.source.clips(plan.clips, True), plan.teacher / "vocoder"
-    mean, std = plan.load("teacher", "latents")
+    latents = np.load(plan.build / "teacher_latents.npy", mmap_mode="r")
     vae = model.load_part(plan.teacher, "vae", model.pretrained(model.AutoencoderKL))
     fold_upsampling(vae.decoder)
     net = new_vocoder()
@@ -103,11 +104,12 @@ def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
         rng = np.random.default_rng((0, 7 + adversary, step))
         rows = rng.integers(plan.clips, size=size)
         normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
-        z = mean[rows].float() + std[rows].float() * normal(*mean[rows].shape)
+        mean, std = torch.from_numpy(latents[:, rows]).float()
+        z = mean + std * normal(*mean.shape)
         with torch.no_grad():
             mel = model.image_to_mel(vae.decode(z).sample).transpose(1, 2)
         wav = torch.from_numpy(np.stack(
-            [plan.source.clip(clips, i, plan.seed)[0] for i in rows]))
+            [plan.source.clip(clips, i, CLIPS_SEED)[0] for i in rows]))
         real = spectra(wav)
         # at first the nearest sound, of one sample
         apart = 1 if adversary else min(1, max(0, 2 * step / steps - 0.5))
@@ -129,8 +131,8 @@ def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
         return value
 
     kept = [w.detach() for w in judges.parameters()] if adversary else ()
-    name = "vocoder2" if adversary else "vocoder"
-    fit(plan.build / f"{name}.pt", list(net.parameters()), steps, lr, loss, ema=kept)
+    fit(plan, "vocoder2" if adversary else "vocoder", list(net.parameters()), steps, lr, loss,
+        kept=kept)
     folder.mkdir(exist_ok=True)
     (folder / "griffin_lim.py").unlink(missing_ok=True)
     weights = {name: w.half() for name, w in net.state_dict().items()}

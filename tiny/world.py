@@ -234,6 +234,7 @@ def render(rng, events, join):
 
 # Lists of held-out captions: to report, to choose by, and to confirm, which chooses nothing.
 LISTS = ("first", "second", "third")
+CLIPS_SEED = 1000                               # of the teacher's clips: no scored clip has it
 
 
 class World:
