@@ -333,16 +333,14 @@ class FrameVocoder(nn.Module):
 
     def forward(self, mel, noise=None):                 # (B, T, M), (1 or B, T, 2 bins)
         if noise is None:                               # the same in any batch
-            shape, seeded = (1, mel.shape[1], 2 * self.bins), torch.Generator().manual_seed(0)
-            noise = torch.randn(shape, generator=seeded)
+            seeded = torch.Generator().manual_seed(0)
+            noise = torch.randn(1, mel.shape[1], 2 * self.bins, generator=seeded)
         noise = noise.to(mel).expand(len(mel), -1, -1)
-        x = torch.cat([(mel + 4) / 4, noise[..., :self.noise]], 2).transpose(1, 2)
-        x = self.first(x)
+        x = self.first(torch.cat([(mel + 4) / 4, noise[..., :self.noise]], 2).transpose(1, 2))
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
-        loud = [(self.prior(mel).float() + more).clamp(max=6).exp().repeat(1, 1, 2)
-                for more in loud]                       # of phases, of noise
+        loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
         parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.float()]
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
 
