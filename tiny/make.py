@@ -116,7 +116,7 @@ def fit(plan, name, params, steps, lr, loss_of_step, after=lambda step: None, ke
         opt.load_state_dict(state)
     for step in (bar := tqdm(range(first, steps), desc=name, mininterval=2)):
         warm, cosine = min(1, (step + 1) / 50), 0.5 * (1 + np.cos(np.pi * step / steps))
-        opt.param_groups[0]["lr"] = lr * warm * cosine
+        opt.param_groups[0]["lr"] = float(lr * warm * cosine)       # torch.load refuses numpy
         loss = loss_of_step(step)
         opt.zero_grad()
         loss.backward()

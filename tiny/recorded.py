@@ -1,9 +1,7 @@
 """A world of recordings: tiny/world.py's captions of ten classes, and crops of a folder of sounds.
 
-    python -m tiny.make --sounds ESC-10 --out out_sounds
-
 The folder is ESC-10's (https://github.com/karolpiczak/ESC-10, CC BY 3.0): a folder a class, or
-ESC-50's: audio/ and meta/esc50.csv. Either way a file is named FOLD-..., fold 5 is held out.
+ESC-50's: audio/ and meta/esc50.csv. Either way a file is named FOLD-..., and fold 5 is held out.
 """
 import functools
 
@@ -60,21 +58,22 @@ def levels(wav):
     return np.sqrt(np.square(wav[:len(wav) // FRAME * FRAME].reshape(-1, FRAME)).mean(1))
 
 
-def in_background(wav, rng):
-    """Put noise of a take's own background where it (N,) was silenced or faded, which is no sound.
-
-    The background, 30 to 50 dB below the loudest frame, is where it is at its quietest otherwise.
-    """
+def take(path, rng):
+    """Read a take (N,), with noise of its own background where it was silenced or faded out."""
+    wav = read_audio(path).numpy()
+    wav, n = np.pad(wav, (0, max(0, N - len(wav)))), max(N, len(wav))
     loud = levels(wav)
+    require(loud.max() > 1e-3, f"{path}: is silent; remove it")
+    # a frame at its quietest otherwise, but 30 to 50 dB below the loudest
     known = np.flatnonzero(loud > 1e-3 * loud.max())
     i = known[np.argsort(loud[known])[len(known) // 10]]
     level = np.clip(loud[i], 0.003 * loud.max(), 0.03 * loud.max())
-    # white noise, filtered by a sound, has its spectrum
-    noise, n = rng.standard_normal(len(wav)) * level / loud[i] / FRAME ** 0.5, len(wav)
+    # white noise, filtered by it, has its spectrum
+    noise = rng.standard_normal(n) * level / loud[i] / FRAME ** 0.5
     spectrum = np.fft.rfft(noise) * np.fft.rfft(wav[i * FRAME:(i + 1) * FRAME], n)
     missing = np.sqrt(np.clip(1 - (loud / level) ** 2, 0, 1))
     where = np.interp(np.arange(n), (np.arange(len(loud)) + 0.5) * FRAME, missing)
-    return wav + where * np.fft.irfft(spectrum, n)
+    return (wav + where * np.fft.irfft(spectrum, n)).astype(np.float32)
 
 
 @functools.cache
@@ -85,12 +84,7 @@ def load(folder, folds):
         mine = [path for path in paths if path.name.split("-")[0] in tuple(folds)]
         require(mine, f"{folder}: of {event} no file is of fold {' or '.join(folds)}: its name "
                 "begins with the fold, as in 1-100032-A.wav")
-        found[event] = []
-        for path in mine:
-            wav = read_audio(path).numpy()
-            require(levels(wav).max() > 1e-3, f"{path}: is silent; remove it")
-            wav = np.pad(wav, (0, max(0, N - len(wav))))
-            found[event].append(in_background(wav, rng).astype(np.float32))
+        found[event] = [take(path, rng) for path in mine]
     return found
 
 
@@ -104,8 +98,7 @@ class Recordings(World):
 
     def crop(self, rng, event, adverb, n):
         """Crop a take's n samples around a moment with sound, as loud as the adverb says."""
-        takes = load(*self.of)[event]
-        wav = takes[rng.integers(len(takes))]
+        wav = (takes := load(*self.of)[event])[rng.integers(len(takes))]
         loud = levels(wav)
         moment = FRAME * rng.choice(np.flatnonzero(loud > 0.3 * loud.max()))
         start = int(np.clip(moment - rng.integers(n), 0, len(wav) - n))
