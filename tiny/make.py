@@ -37,7 +37,7 @@ from tiny import score, vocoder, world
 from tiny.recorded import Recordings
 from tiny.score import HERE
 
-SEED, MELS = 0, 64
+SEED, MELS, CLIPS, RECORDED = 0, 64, 30000, 16000       # the last: clips of the teacher
 # A quarter less time on a CPU that has it, more on others; the weights stay fp32.
 FAST = has_bf16(torch.device("cpu"))
 BF16 = torch.autocast("cpu", torch.bfloat16, enabled=FAST)
@@ -322,9 +322,9 @@ def main(argv=None):
     p.add_argument("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
     p.add_argument("--out", type=Path, default="out/recorded", help="for the teacher of recordings")
     args = p.parse_args(argv)
-    plan = Plan(world.SYNTHESIS, HERE, 30000)
+    plan = Plan(world.SYNTHESIS, HERE, CLIPS)
     if args.sounds:
-        plan = Plan(Recordings(args.sounds), args.out, 16000, recorded=True)
+        plan = Plan(Recordings(args.sounds), args.out, RECORDED, recorded=True)
     for name in args.stage:
         function, *settings = STAGES[name]
         if settings[plan.recorded] is not None:

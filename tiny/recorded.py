@@ -12,8 +12,7 @@ from extras.audio import read_audio
 from tiny.world import JOINS, RATE, N, World
 
 LOUD = ("softly", "loudly")
-# As world.EVENTS, but a subject's synonyms mean the same recordings.
-EVENTS = {
+EVENTS = {      # as world.EVENTS; but a subject's synonyms mean the same recordings
     "dog": (("a dog", "a hound", "a pet dog", "a watchdog"), "barks", "barking", LOUD),
     "rain": (("rain", "steady rain", "cold rain", "the rain"), "falls", "falling", LOUD),
     "sea": (("the sea", "the ocean", "the surf", "a sea"), "roars", "roaring", LOUD),
@@ -34,28 +33,26 @@ UNSEEN = [tuple(pair.split()) for pair in (
     "dog rain", "sea baby", "clock chainsaw", "rooster helicopter", "fire sneeze", "dog clock",
     "rain helicopter", "sea rooster", "baby fire", "sneeze chainsaw")]
 TRAINING, HELD_OUT, FRAME = "1234", "5", 800    # folds; 50 ms
-# The loudest frame has RMS 0.25 and as many dB less as lie between these two.
-LESS = {"": (0, 12), "softly": (9, 14), "loudly": (0, 4)}
+LESS = {"": (0, 12), "softly": (9, 14), "loudly": (0, 4)}       # dB, of the loudest frame
 
 
 def files(folder):
     """Find the sounds of the ten classes: {event: paths}, sorted; InputError where one has none."""
     if (table := folder / "meta/esc50.csv").exists():
-        rows = filter(None, read_rows(table))
-        found = [(row.get("category"), folder / "audio" / row.get("filename", "")) for row in rows]
+        found = [(row.get("category", ""), folder / "audio" / row.get("filename", ""))
+                 for row in filter(None, read_rows(table))]
     else:
         found = [(path.parent.name, path) for path in folder.glob("*/*.*")]
-    plain = lambda name: str(name).lstrip("0123456789 -").replace("_", " ").lower()
-    sounds = {event: sorted(path for name, path in found if plain(name) in names.split(", "))
-              for event, names in CLASSES.items()}
+    sounds = {event: sorted(path for name, path in found if name.lstrip("0123456789 -").replace(
+        "_", " ").lower() in names.split(", ")) for event, names in CLASSES.items()}
     require(all(sounds.values()), f"{folder}: no sounds of {[e for e in EVENTS if not sounds[e]]}; "
             "needed is a folder a class, as in ESC-10, or ESC-50's audio/ and meta/esc50.csv")
     return sounds
 
 
 def levels(wav):
-    """RMS of each 50 ms (n,) of a waveform (N,)."""
-    return np.sqrt(np.square(wav[:len(wav) // FRAME * FRAME].reshape(-1, FRAME)).mean(1))
+    """RMS of each 50 ms (n,) of a waveform (N,), without its DC."""
+    return wav[:len(wav) // FRAME * FRAME].reshape(-1, FRAME).std(1)
 
 
 def take(path, rng):
@@ -82,8 +79,7 @@ def load(folder, folds):
     found, rng = {}, np.random.default_rng(0)
     for event, paths in files(folder).items():
         mine = [path for path in paths if path.name.split("-")[0] in tuple(folds)]
-        require(mine, f"{folder}: of {event} no file is of fold {' or '.join(folds)}: its name "
-                "begins with the fold, as in 1-100032-A.wav")
+        require(mine, f"{folder}: of {event}, no file is named FOLD-..., with FOLD one of {folds}")
         found[event] = [take(path, rng) for path in mine]
     return found
 
