@@ -1,9 +1,9 @@
 """Train a vocoder on log-mels that went through a teacher's VAE: a stage of tiny.make.
 
 Many sounds fit a mel that the VAE blurred, and a vocoder that regresses learns their mean, of rain
-a hum. Ours takes noise and learns to sample, by the energy distance of spectra: |x - y| - |x - x'|
-/ 2, of two of its samples x, x' and a recording y, is least when all are of one distribution. Then
-discriminators of spectrograms join, with feature matching (MelGAN, arXiv 1910.06711).
+a hum. Ours takes noise and learns to sample, by the energy distance of spectra (arXiv 2008.01160):
+|x - y| - |x - x'| / 2, of two of its samples x, x' and a recording y, is least when all are of one
+distribution. Then discriminators join, with feature matching (MelGAN, arXiv 1910.06711).
 """
 import json
 
@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model
-from extras.audio import log_mel, mel_filters
+from extras.audio import mel_filters
 from extras.fast import fold_upsampling
 from tiny.world import CLIPS_SEED
 
 CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=8, n_fft=640, hop_size=160)
-SIZES = (2048, 1024, 512, 256, 128)             # of spectra, in samples
 
 
 def stft(wav, size):
@@ -29,28 +28,23 @@ def stft(wav, size):
 
 
 def spectra(wav):
-    """Magnitudes of waveforms (B, N) at all SIZES, and their log-mel."""
-    return [(stft(wav, size).square().sum(1) + 1e-8).sqrt() for size in SIZES], log_mel(wav, 64)
+    """Log magnitudes of waveforms (B, N) at five resolutions."""
+    return [(stft(wav, size).square().sum(1) + 1e-7).log() / 2
+            for size in (2048, 1024, 512, 256, 128)]
 
 
-def distance(x, y, real):
-    """How far two spectra() are apart: L1 of logarithms, and of magnitudes in units of `real`'s."""
-    total = F.l1_loss(x[1].clamp(min=-9), y[1].clamp(min=-9))
-    for a, b, unit in zip(x[0], y[0], real[0]):
-        relative = (a - b).abs().mean((1, 2)) / (unit.mean((1, 2)) + 0.05)
-        log = ((a + 1e-4) / (b + 1e-4)).log().abs()
-        total = total + (log.mean() + relative.mean()) / len(SIZES)
-    return total
+def distance(x, y):
+    """L1 between two waveforms' spectra()."""
+    return sum(map(F.l1_loss, x, y)) / len(x)
 
 
 def new_vocoder():
     """A vocoder that at first makes of a mel sound of about its level, with phases of its own."""
     torch.manual_seed(0)
-    net, bank = model.FrameVocoder(**CONFIG), mel_filters(64, "cpu").numpy().astype(float)
-    centres = np.arange(len(bank)) @ bank / bank.sum(0) / (len(bank) - 1)
-    rows = [np.interp(np.linspace(0, 1, net.bins), centres, one) for one in np.eye(64)]
-    net.prior.weight.data.copy_(torch.from_numpy(np.stack(rows, 1)))
-    net.prior.bias.data.copy_(torch.from_numpy(-np.log(bank.sum(0)) @ rows - 0.3))
+    net, bank = model.FrameVocoder(**CONFIG), mel_filters(64, "cpu")
+    rows = bank[torch.linspace(0, len(bank) - 1, net.bins).long()]
+    net.prior.weight.data = rows / rows.sum(1, keepdim=True).clamp(min=1e-6)
+    net.prior.bias.data = net.prior.weight @ -bank.sum(0).log() - 0.3
     net.head.bias.data[:net.bins].uniform_(-np.pi, np.pi)
     return net
 
@@ -75,7 +69,7 @@ class Discriminator(nn.Module):
         return found
 
 
-def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
+def train(plan, fit, steps, size=3, lr=1e-3, adversary=False):
     """Train the vocoder of a plan by tiny.make's fit(); adversary: go on, with discriminators."""
     clips, folder = plan.source.clips(plan.clips, True), plan.teacher / "vocoder"
     latents = np.load(plan.build / "teacher_latents.npy", mmap_mode="r")
@@ -96,12 +90,10 @@ def train(plan, fit, steps=1300, size=3, lr=1e-3, adversary=False):
         mel = model.image_to_mel(image).transpose(1, 2)
         wav = np.stack([plan.source.clip(clips, i, CLIPS_SEED)[0] for i in rows])
         real = spectra(wav := torch.from_numpy(wav))
-        apart = 1 if adversary else min(1, max(0, 2 * step / steps - 0.5))      # at first regress
-        made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(1 + (apart > 0))]
-        found = [spectra(x) for x in made]
-        value = sum(distance(one, real, real) for one in found) / len(found)
-        value = value - apart / 2 * distance(found[0], found[-1], real)
-        return value + against(wav, made[0], step) if adversary else value
+        made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
+        a, b = map(spectra, made)
+        energy = (distance(a, real) + distance(b, real) - distance(a, b)) / 2
+        return energy + against(wav, made[0], step) if adversary else energy
 
     def against(wav, x, step):
         judge = judges[step % len(judges)]
