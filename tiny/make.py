@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +34,11 @@ from model import TINY, has_bf16, load_scheduler
 from recipes.decoder import decoder_loss, energy
 from tiny import score, vocoder, world
 from tiny.recorded import Recordings
-from tiny.score import HERE
 
-SEED, MELS, CLIPS, RECORDED = 0, 64, 30000, 16000       # the last: clips of the teacher
+SEED, MELS = 0, 64
 # A quarter less time on a CPU that has it, more on others; the weights stay fp32.
 FAST = has_bf16(torch.device("cpu"))
 BF16 = torch.autocast("cpu", torch.bfloat16, enabled=FAST)
-
-
-@dataclass
-class Plan:
-    """A teacher to be made: of which source's clips and how many, and into which folder."""
-    source: world.World
-    home: Path                                  # build/, captions.csv and heldout.csv go there
-    clips: int
-    recorded: bool = False                      # start from the shipped teacher
-
-    build = property(lambda self: self.home / "build")
-    teacher = property(lambda self: self.home if self.recorded else self.home / "teacher")
 
 
 # ---- what the stages share ---------------------------------------------------------------------
@@ -64,27 +50,27 @@ def clip(index, source, descriptions, seed):
     return image.half().numpy(), np.isin(np.arange(len(source.labels)), labels)
 
 
-def render(plan, name, descriptions, seed):
+def render(source, name, descriptions, seed):
     """Write the clips' images (n, 64, 256) as NAME_images.npy, labels as NAME_labels.npy."""
-    one = functools.partial(clip, source=plan.source, descriptions=descriptions, seed=seed)
+    one = functools.partial(clip, source=source, descriptions=descriptions, seed=seed)
     count = len(descriptions)
     with multiprocessing.Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         images, labels = zip(*tqdm(pool.imap(one, range(count), 64), total=count, desc=name))
-    np.save(plan.build / f"{name}_images.npy", np.stack(images))
-    np.save(plan.build / f"{name}_labels.npy", np.stack(labels))
+    np.save(source.build / f"{name}_images.npy", np.stack(images))
+    np.save(source.build / f"{name}_labels.npy", np.stack(labels))
 
 
-def save(plan, network, name):
+def save(source, network, name):
     """Write a network of the teacher in fp16, without the folder that diffusers loaded it from."""
-    network.half().save_pretrained(plan.teacher / name)
-    path = plan.teacher / name / "config.json"
+    network.half().save_pretrained(source.teacher / name)
+    path = source.teacher / name / "config.json"
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load(plan, name, what):
-    return torch.from_numpy(np.load(plan.build / f"{name}_{what}.npy"))
+def load(source, name, what):
+    return torch.from_numpy(np.load(source.build / f"{name}_{what}.npy"))
 
 
 def as_rgb(images):
@@ -101,14 +87,14 @@ def roughness_loss(images, targets):
     return loss
 
 
-def fit(plan, name, params, steps, lr, loss_of_step, after=lambda step: None, kept=()):
+def fit(source, name, params, steps, lr, loss_of_step, after=lambda step: None, kept=()):
     """Minimise loss_of_step(step) with AdamW, calling after(step) after each.
 
     The rate has 50 steps of linear warm-up, then falls to zero by half a cosine. Parameters and the
     tensors `kept` are saved each three minutes and in the end, and read if saved before.
     """
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    path, first, saved = plan.build / f"{name}.pt", 0, time.time()
+    path, first, saved = source.build / f"{name}.pt", 0, time.time()
     tensors = [*(p.detach() for p in params), *kept]
     if path.exists():
         first, before, state = torch.load(path)
@@ -131,30 +117,31 @@ def fit(plan, name, params, steps, lr, loss_of_step, after=lambda step: None, ke
 
 # ---- the stages --------------------------------------------------------------------------------
 
-def stage_data(plan):
-    plan.build.mkdir(parents=True, exist_ok=True)
-    train, held = plan.source.captions()
+def stage_data(source):
+    source.build.mkdir(parents=True, exist_ok=True)
+    train, held = source.captions()
     for name, rows in (("captions.csv", train), ("heldout.csv", held)):
-        with open(plan.home / name, "w", newline="") as f:
+        with open(source.home / name, "w", newline="") as f:
             csv.writer(f).writerows([("caption",)] + [(text,) for text, _, _ in rows])
-    render(plan, "teacher", plan.source.clips(plan.clips, True), world.CLIPS_SEED)
-    if not plan.recorded:
-        render(plan, "classifier", plan.source.clips(plan.clips // 3, False), SEED + 2000)
+    render(source, "teacher", source.clips(source.number), SEED + 1000)
+    if not isinstance(source, Recordings):
+        render(source, "classifier", source.clips(source.number // 3, False), SEED + 2000)
         return
-    shutil.copytree(TINY, plan.teacher, dirs_exist_ok=True)
+    shutil.copytree(TINY, source.teacher, dirs_exist_ok=True)
     settings = (TINY / "swiftaudio.json").read_text().replace("../captions.csv", "captions.csv")
-    replace_text(plan.teacher / "swiftaudio.json", settings)
+    replace_text(source.teacher / "swiftaudio.json", settings)
 
 
-def stage_vae(plan, steps=1200, size=32, lr=2e-3, rough=0.0):
-    images = load(plan, "teacher", "images")
+def stage_vae(source, steps=1200, size=32, lr=2e-3, rough=0.0):
+    images = load(source, "teacher", "images")
     torch.manual_seed(SEED)
-    vae = (AutoencoderKL.from_pretrained(TINY / "vae").float() if plan.recorded else
-           AutoencoderKL.from_config(AutoencoderKL.load_config(TINY / "vae")))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(TINY / "vae"))
+    if isinstance(source, Recordings):
+        vae = AutoencoderKL.from_pretrained(TINY / "vae").float()
 
     def loss(step):
         rng = np.random.default_rng((SEED, 2, step))
-        rows, starts = rng.integers(plan.clips, size=size), rng.integers(0, 129, size)
+        rows, starts = rng.integers(source.number, size=size), rng.integers(0, 129, size)
         x = as_rgb(torch.stack([images[i, :, j:j + 128] for i, j in zip(rows, starts)]))
         with BF16:
             posterior = vae.encode(x).latent_dist
@@ -162,26 +149,26 @@ def stage_vae(plan, steps=1200, size=32, lr=2e-3, rough=0.0):
         kl = 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         return decoder_loss(y, x) + rough * roughness_loss(y[:, :1], x[:, :1]) + kl
 
-    fit(plan, "vae", list(vae.parameters()), steps, lr, loss)
+    fit(source, "vae", list(vae.parameters()), steps, lr, loss)
     with torch.no_grad():
         stats = [vae.encode(as_rgb(part)).latent_dist
                  for part in tqdm(images.split(64), desc="latents")]
         mean, std = torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])
     scale = 1 / float((mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=round(scale, 4))
-    save(plan, vae, "vae")
-    np.save(plan.build / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
+    save(source, vae, "vae")
+    np.save(source.build / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
-def stage_decoder(plan, cycle=0, steps=800, size=16):
+def stage_decoder(source, cycle=0, steps=800, size=16):
     """Go on with the decoder alone, which is cheaper: latents, and so the teacher, stay as is."""
-    images, (mean, std) = load(plan, "teacher", "images"), load(plan, "teacher", "latents")
+    images, (mean, std) = load(source, "teacher", "images"), load(source, "teacher", "latents")
     torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_pretrained(plan.teacher / "vae").float()
+    vae = AutoencoderKL.from_pretrained(source.teacher / "vae").float()
 
     def loss(step):
         rng = np.random.default_rng((SEED, 5 + 5 * cycle, step))
-        rows, starts = rng.integers(plan.clips, size=size), rng.integers(0, 17, size)
+        rows, starts = rng.integers(source.number, size=size), rng.integers(0, 17, size)
         places = list(zip(rows, starts))
         x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in places])[:, None].float()
         m, s = (torch.stack([part[i, :, :, j:j + 16] for i, j in places]).float()
@@ -192,15 +179,15 @@ def stage_decoder(plan, cycle=0, steps=800, size=16):
         return decoder_loss(y, x, 0.3)
 
     params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    fit(plan, "decoder2" if cycle else "decoder", params, steps, 1e-3, loss)
-    save(plan, vae, "vae")
+    fit(source, "decoder2" if cycle else "decoder", params, steps, 1e-3, loss)
+    save(source, vae, "vae")
 
 
-def stage_classifier(plan, steps=2500, size=48, returned=5000):
+def stage_classifier(source, steps=2500, size=48, returned=5000):
     """Train on clips of any pair, as rendered and as the VAE returns them: to hear only events."""
-    images = torch.cat([load(plan, "classifier", "images"), load(plan, "teacher", "images")])
-    labels = torch.cat([load(plan, "classifier", "labels"), load(plan, "teacher", "labels")])
-    vae = AutoencoderKL.from_pretrained(plan.teacher / "vae").float()
+    images = torch.cat([load(source, "classifier", "images"), load(source, "teacher", "images")])
+    labels = torch.cat([load(source, "classifier", "labels"), load(source, "teacher", "labels")])
+    vae = AutoencoderKL.from_pretrained(source.teacher / "vae").float()
     x = [energy(part[:, None]) for part in images.split(500)]
     with torch.no_grad(), BF16:
         for part in tqdm(images[:returned].split(50), desc="returned"):
@@ -208,7 +195,7 @@ def stage_classifier(plan, steps=2500, size=48, returned=5000):
             x.append(energy(vae.decode(z).sample))
     x, y = torch.cat(x).float(), torch.cat([labels, labels[:returned]]).float()
     torch.manual_seed(SEED)
-    net = Classifier(len(plan.source.labels))
+    net = Classifier(len(source.labels))
 
     def loss(step):
         rng = np.random.default_rng((SEED, 1, step))
@@ -219,9 +206,9 @@ def stage_classifier(plan, steps=2500, size=48, returned=5000):
         embedding, _ = net.of_blocks(x[i] + torch.from_numpy(noise).float())
         return F.binary_cross_entropy_with_logits(net.head(F.dropout(embedding, 0.3)), y[i])
 
-    fit(plan, "classifier", list(net.parameters()), steps, 3e-3, loss)
+    fit(source, "classifier", list(net.parameters()), steps, 3e-3, loss)
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_file(state, plan.home / "classifier.safetensors")
+    save_file(state, source.home / "classifier.safetensors")
 
 
 def make_tokenizer(texts):
@@ -240,22 +227,22 @@ def make_tokenizer(texts):
         unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
-def stage_teacher(plan, steps=4000, lr=1.5e-3, again=False, size=64):
+def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     """Train text encoder and UNet together.
 
     again: go on, with t more often high, where it is decided what sounds, and how often.
     """
-    mean, std = load(plan, "teacher", "latents").float()
-    scale = AutoencoderKL.load_config(plan.teacher / "vae")["scaling_factor"]
-    texts = [text for text, _, _ in plan.source.clips(plan.clips, True)]
+    mean, std = load(source, "teacher", "latents").float()
+    scale = AutoencoderKL.load_config(source.teacher / "vae")["scaling_factor"]
+    texts = [text for text, _, _ in source.clips(source.number)]
     tokenizer = make_tokenizer(texts)
     ids = tokenizer(texts + [""], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(SEED)
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(
         TINY / "text_encoder", vocab_size=len(tokenizer))).float()
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY / "unet"))
-    if again or plan.recorded:
-        start = plan.teacher if again else TINY
+    if again or isinstance(source, Recordings):
+        start = source.teacher if again else TINY
         unet = UNet2DConditionModel.from_pretrained(start / "unet").float()
         text = CLIPTextModel.from_pretrained(start / "text_encoder").float()
         known = PreTrainedTokenizerFast.from_pretrained(start / "tokenizer").get_vocab()
@@ -270,7 +257,7 @@ def stage_teacher(plan, steps=4000, lr=1.5e-3, again=False, size=64):
 
     def loss(step):
         rng = np.random.default_rng((SEED, 6 if again else 4, step))
-        i = torch.from_numpy(rng.integers(plan.clips, size=size))
+        i = torch.from_numpy(rng.integers(source.number, size=size))
         dropped = torch.from_numpy(rng.random(size) < 0.1)                  # unconditional
         caption = torch.where(dropped, len(texts), i)
         g = torch.Generator().manual_seed(step + 10 ** 6 * again)
@@ -289,15 +276,15 @@ def stage_teacher(plan, steps=4000, lr=1.5e-3, again=False, size=64):
     def after(step):
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (step + 2), 0.004))
 
-    fit(plan, "again" if again else "teacher", params, steps, lr, loss, after, ema)
+    fit(source, "again" if again else "teacher", params, steps, lr, loss, after, ema)
     for p, e in zip(params, ema):
         p.data.copy_(e)
-    save(plan, unet, "unet")
+    save(source, unet, "unet")
     # the names of published CLIP models: transformers 5.0 reads no others
     state = {f"text_model.{name.removeprefix('text_model.')}": w
              for name, w in text.half().state_dict().items()}           # earlier ones name them so
-    text.save_pretrained(plan.teacher / "text_encoder", state_dict=state)
-    tokenizer.save_pretrained(plan.teacher / "tokenizer")
+    text.save_pretrained(source.teacher / "text_encoder", state_dict=state)
+    tokenizer.save_pretrained(source.teacher / "tokenizer")
 
 
 # stage: (function, its settings for the tiny world, for recordings), None where there is none
@@ -307,12 +294,12 @@ STAGES = {
     "classifier": (stage_classifier, {}, None),
     "decoder": (stage_decoder, {}, None),
     "decoder2": (stage_decoder, dict(cycle=1), None),
-    "vocoder": (vocoder.train, None, dict(fit=fit, steps=1000)),
+    "vocoder": (vocoder.train, None, dict(fit=fit, steps=1300)),
     "vocoder2": (vocoder.train, None, dict(fit=fit, steps=700, lr=3e-4, adversary=True)),
     "teacher": (stage_teacher, {}, dict(steps=1200, lr=1e-3, size=32)),
     "again": (stage_teacher, dict(steps=2000, lr=7e-4, again=True),
               dict(steps=800, lr=7e-4, again=True, size=32)),
-    "baselines": (lambda plan: score.write_baselines(plan.home), {}, None),
+    "baselines": (lambda source: score.write_baselines(source.home), {}, None),
 }
 
 
@@ -322,15 +309,14 @@ def main(argv=None):
     p.add_argument("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
     p.add_argument("--out", type=Path, default="out/recorded", help="for the teacher of recordings")
     args = p.parse_args(argv)
-    plan = Plan(world.SYNTHESIS, HERE, CLIPS)
-    if args.sounds:
-        plan = Plan(Recordings(args.sounds), args.out, RECORDED, recorded=True)
+    source = Recordings(args.sounds, home=args.out) if args.sounds else world.SYNTHESIS
     for name in args.stage:
         function, *settings = STAGES[name]
-        if settings[plan.recorded] is not None:
+        how = settings[isinstance(source, Recordings)]
+        if how is not None:
             start = time.time()
-            function(plan, **settings[plan.recorded])
-            (plan.build / f"{name}.pt").unlink(missing_ok=True)
+            function(source, **how)
+            (source.build / f"{name}.pt").unlink(missing_ok=True)
             print(f"{name}: {time.time() - start:.0f} s")
 
 

@@ -75,7 +75,7 @@ def take(path, rng):
 
 @functools.cache
 def load(folder, folds):
-    """Read the takes of some folds: {event: waveforms of a clip's length at least}."""
+    """Read the takes of some folds, {event: waveforms}, once; a pickled source has none of them."""
     found, rng = {}, np.random.default_rng(0)
     for event, paths in files(folder).items():
         mine = [path for path in paths if path.name.split("-")[0] in tuple(folds)]
@@ -87,9 +87,9 @@ def load(folder, folds):
 class Recordings(World):
     """A source of clips as tiny.world's: crops of the recordings of some folds of a folder."""
 
-    def __init__(self, folder, folds=TRAINING):
-        super().__init__(EVENTS, UNSEEN, held=(60, 324, 128), single=0.4, train=2000)
-        self.labels, self.of = self.names, (folder, folds)      # the takes are no part of a pickle
+    def __init__(self, folder, folds=TRAINING, home=None):
+        super().__init__(EVENTS, UNSEEN, home or folder, 16000, (60, 324, 128), 0.4, 2000)
+        self.teacher, self.labels, self.of = self.home, self.names, (folder, folds)
         load(*self.of)
 
     def crop(self, rng, event, adverb, n):

@@ -16,7 +16,6 @@ from torch import nn
 import model
 from extras.audio import mel_filters
 from extras.fast import fold_upsampling
-from tiny.world import CLIPS_SEED
 
 CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=8, n_fft=640, hop_size=160)
 
@@ -69,11 +68,11 @@ class Discriminator(nn.Module):
         return found
 
 
-def train(plan, fit, steps, size=3, lr=1e-3, adversary=False):
-    """Train the vocoder of a plan by tiny.make's fit(); adversary: go on, with discriminators."""
-    clips, folder = plan.source.clips(plan.clips, True), plan.teacher / "vocoder"
-    latents = np.load(plan.build / "teacher_latents.npy", mmap_mode="r")
-    vae = model.load_part(plan.teacher, "vae", model.pretrained(model.AutoencoderKL))
+def train(source, fit, steps, size=3, lr=1e-3, adversary=False):
+    """Train a source's vocoder by tiny.make's fit(); adversary: go on, with discriminators."""
+    clips, folder = source.clips(source.number), source.teacher / "vocoder"
+    latents = np.load(source.build / "teacher_latents.npy", mmap_mode="r")
+    vae = model.load_part(source.teacher, "vae", model.pretrained(model.AutoencoderKL))
     fold_upsampling(vae.decoder)
     net = new_vocoder()
     if adversary:
@@ -83,12 +82,12 @@ def train(plan, fit, steps, size=3, lr=1e-3, adversary=False):
 
     def loss(step):
         rng = np.random.default_rng((0, 7 + adversary, step))
-        rows = rng.integers(plan.clips, size=size)
+        rows = rng.integers(source.number, size=size)
         normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
         mean, std = torch.from_numpy(latents[:, rows]).float()
         image = vae.decode(mean + std * normal(*mean.shape)).sample
         mel = model.image_to_mel(image).transpose(1, 2)
-        wav = np.stack([plan.source.clip(clips, i, CLIPS_SEED)[0] for i in rows])
+        wav = np.stack([source.clip(clips, i)[0] for i in rows])
         real = spectra(wav := torch.from_numpy(wav))
         made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
         a, b = map(spectra, made)
@@ -105,7 +104,7 @@ def train(plan, fit, steps, size=3, lr=1e-3, adversary=False):
         match = sum(F.l1_loss(a, b) / b.abs().mean() for a, b in zip(false, true[:-1]))
         return 0.5 * match - 0.1 * false[-1].mean()
 
-    fit(plan, "vocoder2" if adversary else "vocoder", list(net.parameters()), steps, lr, loss,
+    fit(source, "vocoder2" if adversary else "vocoder", list(net.parameters()), steps, lr, loss,
         kept=[w.detach() for w in judges.parameters()])
     (folder / "griffin_lim.py").unlink(missing_ok=True)
     save_file(net.half().state_dict(), folder / "model.safetensors")

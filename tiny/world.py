@@ -7,6 +7,7 @@ SOUNDS, then run `python -m tiny.make`.
 """
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 
@@ -234,22 +235,21 @@ def render(rng, events, join):
 
 # Lists of held-out captions: to report, to choose by, and to confirm, which chooses nothing.
 LISTS = ("first", "second", "third")
-CLIPS_SEED = 1000                               # of the teacher's clips: no scored clip has it
 
 
 class World:
-    """Captions of single events and of pairs; a subclass renders their sound.
+    """Captions of single events and of pairs; their sound is made by render(), as above.
 
-    events, unseen: as EVENTS and UNSEEN. held: how many of a held-out list's captions have a single
-    event, a pair that training has too, and one of `unseen`. single: share of single events in
-    training. train: how many training captions.
+    events, unseen: as EVENTS and UNSEEN. number: of the teacher's clips. held: how many captions of
+    a held-out list have a single event, a pair that training has too, and one of `unseen`. single:
+    share of single events among clips. train: how many training captions. What tiny.make makes goes
+    to `home`.
     """
 
-    def __init__(self, events, unseen, held=(32, 352, 128), single=0.2,
-                 train=6000):
-        self.events, self.unseen, self.held = events, unseen, held
-        self.single, self.train = single, train
-        self.names = list(events)
+    def __init__(self, events, unseen, home, number, held, single, train):
+        self.events, self.unseen, self.number, self.held = events, unseen, number, held
+        self.single, self.train, self.names = single, train, list(events)
+        self.home, self.build, self.teacher = home, home / "build", home / "teacher"
         self.labels = [f"{e} {a}" for e in events for a in events[e][3]]
         self.pairs = list(itertools.combinations(self.names, 2))
         self.seen = [p for p in self.pairs if p not in unseen and p[::-1] not in unseen]
@@ -257,12 +257,8 @@ class World:
         one, two, three = itertools.accumulate(held)
         self.kinds = {"all": range(three), "seen": range(one, two), "unseen": range(two, three)}
 
-    def render(self, rng, events, join):
-        """Make a description's sound: waveform (N,) float32 in [-1, 1], and indices of `labels`."""
-        raise NotImplementedError
-
-    def clip(self, descriptions, index, seed):
-        """Render one of a list of (caption, events, join): the same in any order."""
+    def clip(self, descriptions, index, seed=1000):
+        """Render one of a list of (caption, events, join). No scored clip has the first seed."""
         return self.render(np.random.default_rng((seed, index)), *descriptions[index][1:])
 
     def phrase(self, event, subject, adverb, gerund=False):
@@ -335,7 +331,7 @@ class World:
             held = self.three_kinds(np.random.default_rng(seed), taken)
         return held
 
-    def clips(self, number, seen):
+    def clips(self, number, seen=True):
         """What the teacher's training clips hold (seen), or the classifier's (any pair).
 
         Captions repeat, but none is of the first held-out list.
@@ -346,11 +342,8 @@ class World:
                 for _ in range(number)]
 
 
-class Synthesis(World):
-    """The world of this file."""
-    render = staticmethod(render)
-
-
-SYNTHESIS = Synthesis(EVENTS, UNSEEN)
+SYNTHESIS = World(EVENTS, UNSEEN, Path(__file__).resolve().parent, number=30000,
+                  held=(32, 352, 128), single=0.2, train=6000)
+SYNTHESIS.render = render
 LABELS, KINDS = SYNTHESIS.labels, SYNTHESIS.kinds           # what the classifier tells apart
 captions, held_out, clips = SYNTHESIS.captions, SYNTHESIS.held_out, SYNTHESIS.clips
