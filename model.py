@@ -301,21 +301,21 @@ def image_to_mel(image):
 class FrameVocoder(nn.Module):
     """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
 
-    noise: channels of noise beside the mel; the network then says too how loud noise is in each
-    bin, for mels do not determine rain. 0: none. Nothing is complex, which ONNX could not express.
+    noise: also of white noise, in each bin as loud as the network says, for mels do not determine
+    rain. (A network that hears noise beats time with it.) Nothing is complex, for ONNX.
     """
 
     def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
         super().__init__()
-        self.noise, self.hop, self.bins = noise, hop_size, n_fft // 2 + 1
-        self.first = nn.Conv1d(num_mels + noise, width, 7, padding=3)
+        self.hop, self.bins = hop_size, n_fft // 2 + 1
+        self.first = nn.Conv1d(num_mels, width, 7, padding=3)
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
                                    for _ in range(blocks))
         self.mixers = nn.ModuleList(nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
             for _ in range(blocks))
         self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
-        self.head = nn.Linear(width, (2 + bool(noise)) * self.bins)
+        self.head = nn.Linear(width, (2 + noise) * self.bins)
         window, k = torch.hann_window(n_fft, dtype=torch.float64), torch.arange(self.bins)
         angle = 2 * math.pi / n_fft * torch.outer(k, torch.arange(n_fft)).double()
         weight = (2 - (k % (n_fft // 2) == 0).double())[:, None] / n_fft    # ends stand once
@@ -335,13 +335,12 @@ class FrameVocoder(nn.Module):
         if noise is None:                               # the same in any batch
             seeded = torch.Generator().manual_seed(0)
             noise = torch.randn(1, mel.shape[1], 2 * self.bins, generator=seeded)
-        noise = noise.to(mel).expand(len(mel), -1, -1)
-        x = self.first(torch.cat([(mel + 4) / 4, noise[..., :self.noise]], 2).transpose(1, 2))
+        x = self.first((mel + 4).transpose(1, 2) / 4)
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
-        parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.float()]
+        parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
 
 

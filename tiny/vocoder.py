@@ -17,7 +17,7 @@ import model
 from extras.audio import mel_filters
 from extras.fast import fold_upsampling
 
-CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=8, n_fft=640, hop_size=160)
+CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=True, n_fft=640, hop_size=160)
 
 
 def stft(wav, size):
@@ -27,14 +27,14 @@ def stft(wav, size):
 
 
 def spectra(wav):
-    """Log magnitudes of waveforms (B, N) at five resolutions."""
-    return [(stft(wav, size).square().sum(1) + 1e-7).log() / 2
-            for size in (2048, 1024, 512, 256, 128)]
+    """Magnitudes of waveforms (B, N) at five resolutions, their logarithms and square roots."""
+    powers = [stft(wav, size).square().sum(1) + 1e-4 for size in (2048, 1024, 512, 256, 128)]
+    return [found for power in powers for found in (power.log() / 2, power ** 0.25)]
 
 
 def distance(x, y):
-    """L1 between two waveforms' spectra()."""
-    return sum(map(F.l1_loss, x, y)) / len(x)
+    """Between spectra(): a norm of whole frames, as each bin alone does not show common beats."""
+    return sum(((a - b).square().mean(1) + 1e-8).sqrt().mean() for a, b in zip(x, y)) / len(x)
 
 
 def new_vocoder():
