@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
@@ -293,12 +294,63 @@ def image_to_mel(image):
     return brightness * (LOG_MAX - LOG_MIN) + LOG_MIN
 
 
+class FrameVocoder(nn.Module):
+    """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
+
+    noise: also of white noise, in each bin as loud as the network says, for mels do not determine
+    rain. (A network that hears noise beats time with it.) Nothing is complex, for ONNX.
+    """
+
+    def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
+        super().__init__()
+        self.hop, self.bins, self.noisy = hop_size, n_fft // 2 + 1, noise
+        self.first = nn.Conv1d(num_mels, width, 7, padding=3)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
+                                   for _ in range(blocks))
+        self.mixers = nn.ModuleList(nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            for _ in range(blocks))
+        self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
+        self.head = nn.Linear(width, (2 + noise) * self.bins)
+        window, k = torch.hann_window(n_fft, dtype=torch.float64), torch.arange(self.bins)
+        angle = 2 * math.pi / n_fft * torch.outer(k, torch.arange(n_fft)).double()
+        weight = (2 - (k % (n_fft // 2) == 0).double())[:, None] / n_fft    # ends stand once
+        bases = torch.cat([weight * angle.cos(), -weight * angle.sin()]) * window
+        self.inverse = (bases * hop_size / window.square().sum()).float()   # no buffer: half()
+
+    dtype = property(lambda self: self.head.weight.dtype)
+
+    def istft(self, spectrum):
+        """Real and imaginary parts (B, T, 2 bins) -> (B, T * hop), the ends faded by the window."""
+        frames = (spectrum @ self.inverse.to(spectrum.device)).unflatten(2, (-1, self.hop))
+        more = frames.shape[2] - 1
+        wav = sum(F.pad(frames[:, :, i], (0, 0, i, more - i)) for i in range(more + 1)).flatten(1)
+        return wav[:, more * self.hop // 2:][:, :spectrum.shape[1] * self.hop]
+
+    def forward(self, mel, noise=None):                 # (B, T, M), (1 or B, T, 2 bins)
+        if noise is None:                               # the same in any batch
+            seeded = torch.Generator().manual_seed(0)
+            noise = torch.randn(1, mel.shape[1], 2 * self.bins, generator=seeded)
+        x = self.first((mel + 4).transpose(1, 2) / 4)
+        for conv, mixer in zip(self.convs, self.mixers):
+            x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
+        phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
+        loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
+        parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
+        return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
+
+
 def load_vocoder(path):
     """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1].
 
-    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in; or the tiny teacher's own.
+    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in; or ours, a FrameVocoder or
+    the tiny teacher's.
     """
     config = read_json(path / "config.json")
+    if "width" in config:
+        vocoder = FrameVocoder(**config)
+        vocoder.load_state_dict(load_file(path / "model.safetensors"))
+        return vocoder.float().eval()
     if "griffin_lim" in config:
         brought = runpy.run_path(TINY / "vocoder/griffin_lim.py")  # ours: a model brings no code
         return brought["GriffinLim"](config["num_mels"], config["griffin_lim"])

@@ -69,7 +69,7 @@ def parts(system, dtype):
         print("vocoder: Griffin-Lim is no network; invert the log-mels with another one")
         return found
     given = {"mel": torch.zeros(2, *(8 * n for n in system.shape[1:]))}
-    if getattr(decoder.vocoder, "noise", 0):
+    if getattr(decoder.vocoder, "noisy", False):
         given["noise"] = torch.zeros(1, given["mel"].shape[2], 2 * decoder.vocoder.bins)
     return found | {"vocoder": (Part(decoder.vocoder, dtype, vocode), given)}
 

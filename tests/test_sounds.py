@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import model
 from data import InputError, caption_at, draw_batch
 from extras.audio import encode_audio, resample
+from extras.teacher import load_teacher
 from losses import lora_loss
 from recipes.sounds import main, read_sounds
 
@@ -72,7 +73,7 @@ def test_a_sound_is_mono_at_16_khz_its_loudest_part_or_padded(go, plain, tmp_pat
     found = load_file(go("out") / "latents.safetensors")["clips"].float()
     assert "3 sounds: 1 are cut to their loudest 0.64 s, 1 are padded" in capsys.readouterr().out
     wavs = [x[:len(burst)] for x in (burst, torch.cat([short, zeros]), resample(stereo, 441, 160))]
-    system = model.load_teacher(plain, 1, precision="fp32", device="cpu")
+    system = load_teacher(plain, 1, precision="fp32", device="cpu")
     same(found, encode_audio(system, torch.stack(wavs)), rtol=0, atol=5e-3)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -95,9 +96,8 @@ def test_then_keeps_the_halves_apart_and_while_does_not(monkeypatch, join):
 
 # ---- what is shipped, made again ---------------------------------------------------------------
 
-def test_a_network_is_saved_as_it_is_shipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "TEACHER", tmp_path)
-    make.save(model.load_unet(TINY), "unet")
+def test_a_network_is_saved_as_it_is_shipped(tmp_path):
+    make.save(SimpleNamespace(teacher=tmp_path), model.load_unet(TINY), "unet")
     made, shipped = (read_json(folder / "unet/config.json") for folder in (tmp_path, TINY))
     assert made == shipped | {"_diffusers_version": made["_diffusers_version"]}
     name = "unet/diffusion_pytorch_model.safetensors"
@@ -116,22 +116,23 @@ def test_the_tokenizer_is_made_as_it_is_shipped():
 
 def test_the_world_is_built_from_nothing(tmp_path, monkeypatch):
     """Of nine clips, in one step of each training."""
-    teacher = shutil.copytree(TINY, tmp_path / "teacher")
-    for name, value in dict(HERE=tmp_path, BUILD=tmp_path / "build", TEACHER=teacher, CLIPS=9,
-                            BF16=torch.autocast("cpu", enabled=False)).items():
-        monkeypatch.setattr(make, name, value)
-    make.stage_data()
-    make.stage_vae(steps=1, size=2)
-    make.stage_classifier(steps=1, size=2, returned=4)
-    make.stage_decoder(steps=1, size=2)
-    make.stage_teacher(steps=1, size=2)
-    make.stage_teacher(steps=1, size=2, again=True)
+    monkeypatch.setattr(make, "FAST", False)
+    monkeypatch.setattr(make, "BF16", torch.autocast("cpu", enabled=False))
+    few = copy.copy(world.SYNTHESIS)
+    few.number, few.home, few.build = 9, tmp_path, tmp_path / "build"
+    few.teacher = shutil.copytree(TINY, tmp_path / "teacher")
+    make.stage_data(few)
+    make.stage_vae(few, steps=1, size=2)
+    make.stage_classifier(few, steps=1, size=2, returned=4)
+    make.stage_decoder(few, steps=1, size=2)
+    make.stage_teacher(few, steps=1, size=2)
+    make.stage_teacher(few, steps=1, size=2, again=True)
     for name in ("captions.csv", "heldout.csv"):
         assert (tmp_path / name).read_bytes() == (score.HERE / name).read_bytes()
     shapes = [{name: (w.shape, w.dtype) for name, w in load_file(
         folder / "classifier.safetensors").items()} for folder in (tmp_path, score.HERE)]
     assert shapes[0] == shapes[1]
-    assert load_teacher(teacher, 1)(["a dog barks"]).shape == (1, 40960)
+    assert load_teacher(few.teacher, 1)(["a dog barks"]).shape == (1, 40960)
 
 
 def test_the_classifier_knows_the_world():
@@ -158,8 +159,7 @@ def test_make_writes_what_is_shipped_of_the_lists(tmp_path, monkeypatch):
     held_out = score.held_out
     monkeypatch.setattr(score, "held_out", lambda clips, name: held_out(2, name))
     monkeypatch.setattr(score, "STEPS", 2)
-    monkeypatch.setattr(make, "HERE", tmp_path)
-    make.stage_baselines()
+    score.write_baselines(tmp_path)
     rows = [row for name in world.LISTS for row in held_out(2, name)]
     clips = score.generate(score.load_teacher(2), rows, "", score.TEACHER_SEED)
     heard, shipped = (load_file(folder / "reference.safetensors")

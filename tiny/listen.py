@@ -1,38 +1,49 @@
 """Real audio of held-out captions, written as sample.py writes a system's clips.
 
     python -m tiny.listen --prompts docs/listen.txt --out "out_listen/real audio"
+    python -m tiny.listen --sounds ESC-10 --prompts WORLD/heldout.csv --out real
 
-To hear it beside teacher and students: extras.listen. The tiny world's real audio is its synthesis.
+To hear it beside teacher and students: extras.listen. The tiny world's real audio is its synthesis;
+that of a recorded world (python -m tiny.make --sounds) is cut from the takes that were held out.
 """
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from data import Parser, cli, number, require
+from extras.audio import log_mel
 from sample import read_prompts, write_clips
 from tiny import world
-from tiny.score import FLOOR, held_out, real
+from tiny.recorded import HELD_OUT, TRAINING, Recordings
+from tiny.score import FLOOR
 
 
 def main(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("--prompts", required=True, help="file of captions of tiny.world's held-out lists")
+    add("--prompts", required=True, help="file of captions of the world's held-out lists")
+    add("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
+    add("--trained", action="store_true", help="takes that were trained on, not held out")
     add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
-    add("--seed", type=number(int), default=0, help="of what the words leave open")
+    add("--seed", type=number(int), default=0, help="the name's, as of sample.py's clips beside it")
+    add("--draw", type=number(int), default=0, help="of what the words leave open")
     add("--overwrite", action="store_true", help="replace files that exist")
     p.set_defaults(prompt=[], n=1, batch_size=64)
     args = p.parse_args(argv)
-    prompts, clips = read_prompts(args), len(world.KINDS["all"])
-    known = {row[1]: row for name in world.LISTS for row in held_out(clips, name)}
+    prompts, source = read_prompts(args), world.SYNTHESIS
+    if args.sounds:
+        source = Recordings(args.sounds, TRAINING if args.trained else HELD_OUT)
+    rows = [row for name in world.LISTS for row in source.held_out(name)]
+    known = {row[0]: (n, row[1:]) for n, row in enumerate(rows)}
     for prompt in prompts:
         require(prompt in known, f"{args.prompts}: {prompt!r} is no held-out caption")
 
     def render(captions, _):
-        rows, seed = [known[caption] for caption in captions], FLOOR + args.seed
-        wavs = [world.render(np.random.default_rng((seed, n)), events, join)[0]
-                for n, _, events, join in rows]
-        return real(rows, seed), np.stack(wavs)
+        wavs = np.stack([source.render(np.random.default_rng((FLOOR + args.draw, n)), *row)[0]
+                         for n, row in map(known.get, captions)])
+        return log_mel(torch.from_numpy(wavs), 64), wavs
 
     write_clips(args, prompts, lambda: SimpleNamespace(
         noise=lambda numbers, seed: None, make=render, about={}))

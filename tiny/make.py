@@ -1,18 +1,22 @@
-"""Build the tiny world from nothing: captions, classifier and a teacher in Auffusion's layout.
+"""Build a world from nothing: captions, classifier and a teacher in Auffusion's layout.
 
-    python -m tiny.make                     # everything, about an hour and a half on 2 CPU cores
+    python -m tiny.make                     # the tiny world, an hour and a half on 2 CPU cores
     python -m tiny.make --stage teacher     # some of: data, vae, classifier, decoder, decoder2,
                                             # teacher, again, baselines
+    python -m tiny.make --sounds ESC-10 --out FOLDER    # recordings (tiny/recorded.py says which)
 
-Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to
-tiny/build. Each stage reads what the ones before it wrote, and from tiny/teacher what the networks
-look like. swiftaudio.json there, the teacher's own defaults, was found as docs/LOG.md says.
+Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to build/.
+Each stage reads what the ones before it wrote, and from tiny/teacher what the networks look like;
+a training that was stopped goes on from its last save. swiftaudio.json of the teacher, its own
+defaults, was found as docs/LOG.md says. A teacher of recordings starts from the tiny one's weights.
 """
 import csv
 import functools
 import json
 import multiprocessing
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,49 +29,48 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from data import Parser, cli, replace_file, replace_text
 from extras.audio import log_mel, mel_to_image
-from extras.metrics import Classifier, load_classifier
-from model import load_scheduler, read_settings
+from extras.metrics import Classifier
+from model import TINY, has_bf16, load_scheduler
 from recipes.decoder import decoder_loss, energy
-from tiny import score, world
-from tiny.score import HERE
+from tiny import score, vocoder, world
+from tiny.recorded import Recordings
 
-SEED, CLIPS, MELS = 0, 30000, 64
-BUILD, TEACHER = HERE / "build", HERE / "teacher"
-# A quarter less time on a CPU that has it; the weights stay fp32.
-BF16 = torch.autocast("cpu", torch.bfloat16)
+SEED, MELS = 0, 64
+# A quarter less time on a CPU that has it, more on others; the weights stay fp32.
+FAST = has_bf16(torch.device("cpu"))
+BF16 = torch.autocast("cpu", torch.bfloat16, enabled=FAST)
 
 
 # ---- what the stages share ---------------------------------------------------------------------
 
-def clip(index, descriptions, seed):
+def clip(index, source, descriptions, seed):
     """Render clip `index` of a list: its spectrogram's image (64, 256), its labels as 0 and 1."""
-    _, events, join = descriptions[index]
-    wav, labels = world.render(np.random.default_rng((seed, index)), events, join)
+    wav, labels = source.clip(descriptions, index, seed)
     image = mel_to_image(log_mel(torch.from_numpy(wav)[None], MELS))[0, 0]
-    return image.half().numpy(), np.isin(np.arange(len(world.LABELS)), labels)
+    return image.half().numpy(), np.isin(np.arange(len(source.labels)), labels)
 
 
-def render(name, descriptions, seed):
+def render(source, name, descriptions, seed):
     """Write the clips' images (n, 64, 256) as NAME_images.npy, labels as NAME_labels.npy."""
-    one = functools.partial(clip, descriptions=descriptions, seed=seed)
+    one = functools.partial(clip, source=source, descriptions=descriptions, seed=seed)
     count = len(descriptions)
     with multiprocessing.Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         images, labels = zip(*tqdm(pool.imap(one, range(count), 64), total=count, desc=name))
-    np.save(BUILD / f"{name}_images.npy", np.stack(images))
-    np.save(BUILD / f"{name}_labels.npy", np.stack(labels))
+    np.save(source.build / f"{name}_images.npy", np.stack(images))
+    np.save(source.build / f"{name}_labels.npy", np.stack(labels))
 
 
-def save(network, name):
+def save(source, network, name):
     """Write a network of the teacher in fp16, without the folder that diffusers loaded it from."""
-    network.half().save_pretrained(TEACHER / name)
-    path = TEACHER / name / "config.json"
+    network.half().save_pretrained(source.teacher / name)
+    path = source.teacher / name / "config.json"
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load(name, what):
-    return torch.from_numpy(np.load(BUILD / f"{name}_{what}.npy"))
+def load(source, name, what):
+    return torch.from_numpy(np.load(source.build / f"{name}_{what}.npy"))
 
 
 def as_rgb(images):
@@ -75,15 +78,31 @@ def as_rgb(images):
     return images.float()[:, None].expand(-1, 3, -1, -1)
 
 
-def fit(name, params, steps, lr, loss_of_step, after=lambda step: None):
+def roughness_loss(images, targets):
+    """L1 of how rough images (B, 1, mels, frames) are: of the deviation in bars and in squares."""
+    x, loss = F.pad(torch.cat([images, targets]), (2, 2, 2, 2), "replicate"), 0
+    for bar in ((1, 8), (8, 1), (4, 4)):
+        variance = F.avg_pool2d(x * x, bar, 2) - F.avg_pool2d(x, bar, 2).square()
+        loss = loss + F.l1_loss(*variance.clamp(min=1e-5).sqrt().chunk(2)) / 3
+    return loss
+
+
+def fit(source, name, params, steps, lr, loss_of_step, after=lambda step: None, kept=()):
     """Minimise loss_of_step(step) with AdamW, calling after(step) after each.
 
-    The rate has 50 steps of linear warm-up, then falls to zero by half a cosine.
+    The rate has 50 steps of linear warm-up, then falls to zero by half a cosine. Parameters and the
+    tensors `kept` are saved each three minutes and in the end, and read if saved before.
     """
     opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    for step in (bar := tqdm(range(steps), desc=name, mininterval=2)):
+    path, first, saved = source.build / f"{name}.pt", 0, time.time()
+    tensors = [*(p.detach() for p in params), *kept]
+    if path.exists():
+        first, before, state = torch.load(path)
+        torch._foreach_copy_(tensors, before)
+        opt.load_state_dict(state)
+    for step in (bar := tqdm(range(first, steps), desc=name, mininterval=2)):
         warm, cosine = min(1, (step + 1) / 50), 0.5 * (1 + np.cos(np.pi * step / steps))
-        opt.param_groups[0]["lr"] = lr * warm * cosine
+        opt.param_groups[0]["lr"] = float(lr * warm * cosine)       # torch.load refuses numpy
         loss = loss_of_step(step)
         opt.zero_grad()
         loss.backward()
@@ -91,75 +110,84 @@ def fit(name, params, steps, lr, loss_of_step, after=lambda step: None):
         opt.step()
         after(step)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if time.time() > saved + 180 or step + 1 == steps:
+            state, saved = (step + 1, tensors, opt.state_dict()), time.time()
+            replace_file(path, functools.partial(torch.save, state))
 
 
 # ---- the stages --------------------------------------------------------------------------------
 
-def stage_data():
-    train, held = world.captions()
+def stage_data(source):
+    source.build.mkdir(parents=True, exist_ok=True)
+    train, held = source.captions()
     for name, rows in (("captions.csv", train), ("heldout.csv", held)):
-        with open(HERE / name, "w", newline="") as f:
+        with open(source.home / name, "w", newline="") as f:
             csv.writer(f).writerows([("caption",)] + [(text,) for text, _, _ in rows])
-    BUILD.mkdir(exist_ok=True)
-    # seeds that no scored clip has
-    render("teacher", world.clips(CLIPS, True), SEED + 1000)
-    render("classifier", world.clips(CLIPS // 3, False), SEED + 2000)
+    render(source, "teacher", source.clips(source.number), SEED + 1000)
+    if not isinstance(source, Recordings):
+        render(source, "classifier", source.clips(source.number // 3, False), SEED + 2000)
+        return
+    shutil.copytree(TINY, source.teacher, dirs_exist_ok=True)
+    settings = (TINY / "swiftaudio.json").read_text().replace("../captions.csv", "captions.csv")
+    replace_text(source.teacher / "swiftaudio.json", settings)
 
 
-def stage_vae(steps=1200, size=32):
-    images = load("teacher", "images")
+def stage_vae(source, steps=1200, size=32, lr=2e-3, rough=0.0):
+    images = load(source, "teacher", "images")
     torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(TEACHER / "vae"))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(TINY / "vae"))
+    if isinstance(source, Recordings):
+        vae = AutoencoderKL.from_pretrained(TINY / "vae").float()
 
     def loss(step):
         rng = np.random.default_rng((SEED, 2, step))
-        rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 129, size)
+        rows, starts = rng.integers(source.number, size=size), rng.integers(0, 129, size)
         x = as_rgb(torch.stack([images[i, :, j:j + 128] for i, j in zip(rows, starts)]))
         with BF16:
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
         kl = 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        return decoder_loss(y, x) + kl
+        return decoder_loss(y, x) + rough * roughness_loss(y[:, :1], x[:, :1]) + kl
 
-    fit("vae", list(vae.parameters()), steps, 2e-3, loss)
+    fit(source, "vae", list(vae.parameters()), steps, lr, loss)
     with torch.no_grad():
         stats = [vae.encode(as_rgb(part)).latent_dist
                  for part in tqdm(images.split(64), desc="latents")]
         mean, std = torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])
     scale = 1 / float((mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=round(scale, 4))
-    save(vae, "vae")
-    np.save(BUILD / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
+    save(source, vae, "vae")
+    np.save(source.build / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
-def stage_decoder(cycle=0, steps=800, size=16):
+def stage_decoder(source, cycle=0, steps=800, size=16):
     """Go on with the decoder alone, which is cheaper: latents, and so the teacher, stay as is."""
-    images, (mean, std) = load("teacher", "images"), load("teacher", "latents")
+    images, (mean, std) = load(source, "teacher", "images"), load(source, "teacher", "latents")
     torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
+    vae = AutoencoderKL.from_pretrained(source.teacher / "vae").float()
 
     def loss(step):
         rng = np.random.default_rng((SEED, 5 + 5 * cycle, step))
-        rows, starts = rng.integers(CLIPS, size=size), rng.integers(0, 17, size)
+        rows, starts = rng.integers(source.number, size=size), rng.integers(0, 17, size)
         places = list(zip(rows, starts))
         x = torch.stack([images[i, :, 8 * j:8 * j + 128] for i, j in places])[:, None].float()
         m, s = (torch.stack([part[i, :, :, j:j + 16] for i, j in places]).float()
                 for part in (mean, std))
         z = m + s * torch.from_numpy(rng.standard_normal(m.shape)).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.8 * steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST and step < 0.8 * steps):
             y = vae.decode(z).sample.float()
         return decoder_loss(y, x, 0.3)
 
     params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    fit("decoder", params, steps, 1e-3, loss)
-    save(vae, "vae")
+    fit(source, "decoder2" if cycle else "decoder", params, steps, 1e-3, loss)
+    save(source, vae, "vae")
 
 
-def stage_classifier(steps=2500, size=48, returned=5000):
+def stage_classifier(source, steps=2500, size=48, returned=5000):
     """Train on clips of any pair, as rendered and as the VAE returns them: to hear only events."""
-    images = torch.cat([load("classifier", "images"), load("teacher", "images")])
-    labels = torch.cat([load("classifier", "labels"), load("teacher", "labels")])
-    vae = AutoencoderKL.from_pretrained(TEACHER / "vae").float()
+    images = torch.cat([load(source, "classifier", "images"), load(source, "teacher", "images")])
+    labels = torch.cat([load(source, "classifier", "labels"), load(source, "teacher", "labels")])
+    vae = AutoencoderKL.from_pretrained(source.teacher / "vae").float()
     x = [energy(part[:, None]) for part in images.split(500)]
     with torch.no_grad(), BF16:
         for part in tqdm(images[:returned].split(50), desc="returned"):
@@ -167,7 +195,7 @@ def stage_classifier(steps=2500, size=48, returned=5000):
             x.append(energy(vae.decode(z).sample))
     x, y = torch.cat(x).float(), torch.cat([labels, labels[:returned]]).float()
     torch.manual_seed(SEED)
-    net = Classifier(len(world.LABELS))
+    net = Classifier(len(source.labels))
 
     def loss(step):
         rng = np.random.default_rng((SEED, 1, step))
@@ -178,9 +206,9 @@ def stage_classifier(steps=2500, size=48, returned=5000):
         embedding, _ = net.of_blocks(x[i] + torch.from_numpy(noise).float())
         return F.binary_cross_entropy_with_logits(net.head(F.dropout(embedding, 0.3)), y[i])
 
-    fit("classifier", list(net.parameters()), steps, 3e-3, loss)
+    fit(source, "classifier", list(net.parameters()), steps, 3e-3, loss)
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    save_file(state, HERE / "classifier.safetensors")
+    save_file(state, source.home / "classifier.safetensors")
 
 
 def make_tokenizer(texts):
@@ -199,30 +227,37 @@ def make_tokenizer(texts):
         unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
-def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
+def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     """Train text encoder and UNet together.
 
     again: go on, with t more often high, where it is decided what sounds, and how often.
     """
-    mean, std = load("teacher", "latents").float()
-    scale = AutoencoderKL.load_config(TEACHER / "vae")["scaling_factor"]
-    texts = [text for text, _, _ in world.clips(CLIPS, True)]
+    mean, std = load(source, "teacher", "latents").float()
+    scale = AutoencoderKL.load_config(source.teacher / "vae")["scaling_factor"]
+    texts = [text for text, _, _ in source.clips(source.number)]
     tokenizer = make_tokenizer(texts)
     ids = tokenizer(texts + [""], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(SEED)
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(
-        TEACHER / "text_encoder", vocab_size=len(tokenizer))).float()
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TEACHER / "unet"))
-    if again:
-        unet = UNet2DConditionModel.from_pretrained(TEACHER / "unet").float()
-        text = CLIPTextModel.from_pretrained(TEACHER / "text_encoder").float()
-    alphas = load_scheduler(TEACHER).alphas_cumprod
+        TINY / "text_encoder", vocab_size=len(tokenizer))).float()
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(TINY / "unet"))
+    if again or isinstance(source, Recordings):
+        start = source.teacher if again else TINY
+        unet = UNet2DConditionModel.from_pretrained(start / "unet").float()
+        text = CLIPTextModel.from_pretrained(start / "text_encoder").float()
+        known = PreTrainedTokenizerFast.from_pretrained(start / "tokenizer").get_vocab()
+        words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        rows = [known.get(word, known["<unk>"]) for word in words]      # where a new word starts
+        table = text.get_input_embeddings().weight.detach()[rows]
+        text.set_input_embeddings(torch.nn.Embedding.from_pretrained(table, freeze=False))
+        text.config.vocab_size = len(rows)
+    alphas = load_scheduler(TINY).alphas_cumprod
     params = list(unet.parameters()) + list(text.parameters())
     ema = [p.detach().clone() for p in params]
 
     def loss(step):
         rng = np.random.default_rng((SEED, 6 if again else 4, step))
-        i = torch.from_numpy(rng.integers(CLIPS, size=size))
+        i = torch.from_numpy(rng.integers(source.number, size=size))
         dropped = torch.from_numpy(rng.random(size) < 0.1)                  # unconditional
         caption = torch.where(dropped, len(texts), i)
         g = torch.Generator().manual_seed(step + 10 ** 6 * again)
@@ -232,7 +267,7 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
         t = (1000 * (u.sqrt() if again else u)).long()
         a = alphas[t].view(-1, 1, 1, 1)
         x = a.sqrt() * x0 + (1 - a).sqrt() * eps
-        with torch.autocast("cpu", torch.bfloat16, enabled=step < 0.8 * steps):     # then fp32
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST and step < 0.8 * steps):
             out = unet(x, t, text(ids[caption]).last_hidden_state).sample.float()
         # 1 / alpha_t^2 makes this the loss of v: plain eps-MSE leaves t = 999, where the student
         # starts, untrained
@@ -241,59 +276,48 @@ def stage_teacher(steps=4000, lr=1.5e-3, again=False, size=64):
     def after(step):
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(1 / (step + 2), 0.004))
 
-    fit("teacher", params, steps, lr, loss, after)
+    fit(source, "again" if again else "teacher", params, steps, lr, loss, after, ema)
     for p, e in zip(params, ema):
         p.data.copy_(e)
-    save(unet, "unet")
+    save(source, unet, "unet")
     # the names of published CLIP models: transformers 5.0 reads no others
     state = {f"text_model.{name.removeprefix('text_model.')}": w
              for name, w in text.half().state_dict().items()}           # earlier ones name them so
-    text.save_pretrained(TEACHER / "text_encoder", state_dict=state)
-    tokenizer.save_pretrained(TEACHER / "tokenizer")
+    text.save_pretrained(source.teacher / "text_encoder", state_dict=state)
+    tokenizer.save_pretrained(source.teacher / "tokenizer")
 
 
-def stage_baselines():
-    """Write what scoring needs and no student changes: of all held-out lists."""
-    classifier, heard, seeds = load_classifier(), [], [0, 1, 2]
-    t = read_settings(TEACHER)["train"]["student_t"]
-    content = {"N": 512, "noise_seeds": seeds, "student_t": t, "render_seeds": {
-        "reference": score.REFERENCE, score.FLOOR_ROW: [score.FLOOR + seed for seed in seeds]}}
-    lists = {name: score.held_out(512, name) for name in world.LISTS}
-    for name, rows in lists.items():
-        clips = score.generate(score.load_teacher(score.STEPS), rows, f"reference, {name} list",
-                               score.TEACHER_SEED)
-        real, made = (score.features(classifier, mels)
-                      for mels in (score.real(rows, score.REFERENCE), clips))
-        heard.append({"embeddings": real[0], "logits": real[1], "teacher": made[0]})
-    heard = {key: torch.cat([part[key] for part in heard]).half() for key in heard[0]}
-    replace_file(HERE / "reference.safetensors", lambda path: save_file(heard, path))
-    for name, rows in lists.items():
-        first = name == "first"                             # which results are reported by
-        table = score.baselines(rows, seeds if first else seeds[:1], t)
-        content["systems" if first else f"{name} list"] = table
-        print(score.show(table, len(rows)))
-    replace_text(HERE / "baselines.json", json.dumps(content, indent=2) + "\n")
-
-
+# stage: (function, its settings for the tiny world, for recordings), None where there is none
 STAGES = {
-    "data": stage_data,
-    "vae": stage_vae,
-    "classifier": stage_classifier,
-    "decoder": stage_decoder,
-    "decoder2": functools.partial(stage_decoder, cycle=1),
-    "teacher": stage_teacher,
-    "again": functools.partial(stage_teacher, steps=2000, lr=7e-4, again=True),
-    "baselines": stage_baselines,
+    "data": (stage_data, {}, {}),
+    "vae": (stage_vae, {}, dict(steps=1600, size=8, lr=1e-3, rough=1.0)),
+    "classifier": (stage_classifier, {}, None),
+    "decoder": (stage_decoder, {}, None),
+    "decoder2": (stage_decoder, dict(cycle=1), None),
+    "vocoder": (vocoder.train, None, dict(fit=fit, steps=1300)),
+    "vocoder2": (vocoder.train, None, dict(fit=fit, steps=700, lr=3e-4, adversary=True)),
+    "teacher": (stage_teacher, {}, dict(steps=1200, lr=1e-3, size=32)),
+    "again": (stage_teacher, dict(steps=2000, lr=7e-4, again=True),
+              dict(steps=800, lr=7e-4, again=True, size=32)),
+    "baselines": (lambda source: score.write_baselines(source.home), {}, None),
 }
 
 
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES), help="some of them")
-    for name in p.parse_args(argv).stage:
-        start = time.time()
-        STAGES[name]()
-        print(f"{name}: {time.time() - start:.0f} s")
+    p.add_argument("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
+    p.add_argument("--out", type=Path, default="out/recorded", help="for the teacher of recordings")
+    args = p.parse_args(argv)
+    source = Recordings(args.sounds, home=args.out) if args.sounds else world.SYNTHESIS
+    for name in args.stage:
+        function, *settings = STAGES[name]
+        how = settings[isinstance(source, Recordings)]
+        if how is not None:
+            start = time.time()
+            function(source, **how)
+            (source.build / f"{name}.pt").unlink(missing_ok=True)
+            print(f"{name}: {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

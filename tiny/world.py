@@ -7,6 +7,7 @@ SOUNDS, then run `python -m tiny.make`.
 """
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 
@@ -30,9 +31,7 @@ EVENTS = {
     "hammer": (("someone", "someone on wood", "someone on metal"), "hammers", "hammering", COUNTS),
     "thunder": (("thunder",), "rumbles", "rumbling", ("softly", "loudly")),
 }
-NAMES = list(EVENTS)
 JOINS = ("and", "while", "with", "followed by", "then")     # the last two: one after the other
-LABELS = [f"{e} {a}" for e in NAMES for a in EVENTS[e][3]]  # what the classifier tells apart
 # Pairs that no training caption contains, in either order. A quarter of the held-out captions
 # are of these.
 UNSEEN = [
@@ -40,24 +39,6 @@ UNSEEN = [
     ("clock", "thunder"), ("alarm", "hammer"), ("dog", "bell"), ("cat", "hammer"),
     ("bird", "clock"), ("siren", "rain"), ("engine", "alarm"), ("wind", "thunder"),
 ]
-
-
-# ---- words -------------------------------------------------------------------------------------
-
-def phrase(event, subject, adverb, gerund=False):
-    """Put one event into words: phrase("dog", 0, "twice") is "a dog barks twice"."""
-    subjects, verb, gerund_form, _ = EVENTS[event]
-    who, _, where = subjects[subject].partition(" on ")
-    words = [who, gerund_form if gerund else verb, where and f"on {where}", adverb]
-    return " ".join(filter(None, words))
-
-
-def caption(rng, events, join):
-    """Put one or two (event, subject, adverb) into words; verb forms vary where both are right."""
-    free = join in ("", "and")
-    gerund = rng.random() < 0.3 if free else join in ("with", "followed by")
-    first = phrase(*events[0], gerund=gerund and free)
-    return first if not join else f"{first} {join} {phrase(*events[1], gerund=gerund)}"
 
 
 # ---- sounds ------------------------------------------------------------------------------------
@@ -250,80 +231,119 @@ def render(rng, events, join):
     return (0.95 * out / np.abs(out).max()).astype(np.float32), labels
 
 
-# ---- the data sets -----------------------------------------------------------------------------
+# ---- captions, of these events or others --------------------------------------------------------
 
-def describe(rng, pairs, share_single, taken=()):
-    """Draw one (caption, events, join) whose caption is not in `taken`.
-
-    events: one or two (event, subject, adverb), join: the word between two.
-    """
-    def attributes(event):
-        subjects, _, _, adverbs = EVENTS[event]
-        return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + adverbs + adverbs))
-
-    while True:
-        if rng.random() < share_single:
-            events, join = (attributes(str(rng.choice(NAMES))),), ""
-        else:
-            first, second = pairs[rng.integers(len(pairs))]
-            if rng.random() < 0.5:
-                first, second = second, first
-            events, join = (attributes(first), attributes(second)), str(rng.choice(JOINS))
-        text = caption(rng, events, join)
-        if text not in taken:
-            return text, events, join
-
-
-def distinct(rng, number, pairs, share_single, taken=()):
-    """Draw `number` descriptions with different captions."""
-    found = {}
-    while len(found) < number:
-        one = describe(rng, pairs, share_single, taken)
-        found.setdefault(one[0], one)
-    return list(found.values())
-
-
-PAIRS = list(itertools.combinations(NAMES, 2))
-SEEN = [p for p in PAIRS if p not in UNSEEN and p[::-1] not in UNSEEN]
 # Lists of held-out captions: to report, to choose by, and to confirm, which chooses nothing.
 LISTS = ("first", "second", "third")
-# Places in three_kinds(): training pairs the two events too (seen), or it never does.
-KINDS = {"all": range(512), "seen": range(32, 384), "unseen": range(384, 512)}
 
 
-def three_kinds(rng, taken=()):
-    """512 captions to test by: 32 single events, 352 seen pairs, 128 pairs in UNSEEN."""
-    return [*distinct(rng, 32, None, 1.0, taken), *distinct(rng, 352, SEEN, 0.0, taken),
-            *distinct(rng, 128, UNSEEN, 0.0, taken)]
+class World:
+    """Captions of single events and of pairs; their sound is made by render(), as above.
 
-
-@functools.cache
-def captions():
-    """The world's captions: (6000 training, first held-out), distinct (caption, events, join)."""
-    rng = np.random.default_rng(0)
-    held = three_kinds(rng)
-    return distinct(rng, 6000, SEEN, 0.2, {text for text, _, _ in held}), held
-
-
-def held_out(name="first"):
-    """A list of held-out captions, one of LISTS; no caption is in two of them.
-
-    Of later lists, single events may be among training's, for which only 134 captions are possible,
-    and the teacher, but no student, was trained on half of the captions.
+    events, unseen: as EVENTS and UNSEEN. number: of the teacher's clips. held: how many captions of
+    a held-out list have a single event, a pair that training has too, and one of `unseen`. single:
+    share of single events among clips. train: how many training captions. What tiny.make makes goes
+    to `home`.
     """
-    train, held = captions()
-    taken = {text for text, events, _ in train if len(events) > 1}
-    for seed in range(1, LISTS.index(name) + 1):
-        taken |= {text for text, _, _ in held}
-        held = three_kinds(np.random.default_rng(seed), taken)
-    return held
+
+    def __init__(self, events, unseen, home, number, held, single, train):
+        self.events, self.unseen, self.number, self.held = events, unseen, number, held
+        self.single, self.train, self.names = single, train, list(events)
+        self.home, self.build, self.teacher = home, home / "build", home / "teacher"
+        self.labels = [f"{e} {a}" for e in events for a in events[e][3]]
+        self.pairs = list(itertools.combinations(self.names, 2))
+        self.seen = [p for p in self.pairs if p not in unseen and p[::-1] not in unseen]
+        # places in three_kinds(): training pairs the two events too (seen), or it never does
+        one, two, three = itertools.accumulate(held)
+        self.kinds = {"all": range(three), "seen": range(one, two), "unseen": range(two, three)}
+
+    def clip(self, descriptions, index, seed=1000):
+        """Render one of a list of (caption, events, join). No scored clip has the first seed."""
+        return self.render(np.random.default_rng((seed, index)), *descriptions[index][1:])
+
+    def phrase(self, event, subject, adverb, gerund=False):
+        """Put one event into words: phrase("dog", 0, "twice") is "a dog barks twice"."""
+        subjects, verb, gerund_form, _ = self.events[event]
+        who, _, where = subjects[subject].partition(" on ")
+        words = [who, gerund_form if gerund else verb, where and f"on {where}", adverb]
+        return " ".join(filter(None, words))
+
+    def caption(self, rng, events, join):
+        """Put one or two (event, subject, adverb) into words; verb forms vary where both fit."""
+        free = join in ("", "and")
+        gerund = rng.random() < 0.3 if free else join in ("with", "followed by")
+        first = self.phrase(*events[0], gerund=gerund and free)
+        return f"{first} {join} {self.phrase(*events[1], gerund=gerund)}" if join else first
+
+    def describe(self, rng, pairs, share_single, taken=()):
+        """Draw one (caption, events, join) whose caption is not in `taken`.
+
+        events: one or two (event, subject, adverb), join: the word between two.
+        """
+        def attributes(event):
+            subjects, _, _, adverbs = self.events[event]
+            return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + 2 * adverbs))
+
+        while True:
+            if rng.random() < share_single:
+                events, join = (attributes(str(rng.choice(self.names))),), ""
+            else:
+                first, second = pairs[rng.integers(len(pairs))]
+                if rng.random() < 0.5:
+                    first, second = second, first
+                events, join = (attributes(first), attributes(second)), str(rng.choice(JOINS))
+            text = self.caption(rng, events, join)
+            if text not in taken:
+                return text, events, join
+
+    def distinct(self, rng, number, pairs, share_single, taken=()):
+        """Draw `number` descriptions with different captions."""
+        found = {}
+        while len(found) < number:
+            one = self.describe(rng, pairs, share_single, taken)
+            found.setdefault(one[0], one)
+        return list(found.values())
+
+    def three_kinds(self, rng, taken=()):
+        """A list of captions to test by: single events, seen pairs, unseen pairs."""
+        return [one for number, pairs, single in zip(
+            self.held, (None, self.seen, self.unseen), (1.0, 0.0, 0.0))
+            for one in self.distinct(rng, number, pairs, single, taken)]
+
+    @functools.cache
+    def captions(self):
+        """The captions: (training, first held-out), distinct (caption, events, join)."""
+        rng = np.random.default_rng(0)
+        held = self.three_kinds(rng)
+        taken = {text for text, _, _ in held}
+        return self.distinct(rng, self.train, self.seen, self.single, taken), held
+
+    def held_out(self, name="first"):
+        """A list of held-out captions, one of LISTS; no caption is in two of them.
+
+        Of later lists, single events may be among training's, as few captions of these are
+        possible, and the teacher, but no student, was trained on half of the captions.
+        """
+        train, held = self.captions()
+        taken = {text for text, events, _ in train if len(events) > 1}
+        for seed in range(1, LISTS.index(name) + 1):
+            taken |= {text for text, _, _ in held}
+            held = self.three_kinds(np.random.default_rng(seed), taken)
+        return held
+
+    def clips(self, number, seen=True):
+        """What the teacher's training clips hold (seen), or the classifier's (any pair).
+
+        Captions repeat, but none is of the first held-out list.
+        """
+        rng = np.random.default_rng((0, int(seen)))
+        held = {text for text, _, _ in self.captions()[1]}
+        return [self.describe(rng, self.seen if seen else self.pairs, self.single, held)
+                for _ in range(number)]
 
 
-def clips(number, seen):
-    """What the teacher's training clips hold (seen), or the classifier's (any pair).
-
-    Captions repeat, but none is of the first held-out list.
-    """
-    rng = np.random.default_rng((0, int(seen)))
-    held = {text for text, _, _ in captions()[1]}
-    return [describe(rng, SEEN if seen else PAIRS, 0.2, held) for _ in range(number)]
+SYNTHESIS = World(EVENTS, UNSEEN, Path(__file__).resolve().parent, number=30000,
+                  held=(32, 352, 128), single=0.2, train=6000)
+SYNTHESIS.render = render
+LABELS, KINDS = SYNTHESIS.labels, SYNTHESIS.kinds           # what the classifier tells apart
+captions, held_out, clips = SYNTHESIS.captions, SYNTHESIS.held_out, SYNTHESIS.clips
