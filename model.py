@@ -307,7 +307,7 @@ class FrameVocoder(nn.Module):
 
     def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
         super().__init__()
-        self.hop, self.bins = hop_size, n_fft // 2 + 1
+        self.hop, self.n_fft, self.bins = hop_size, n_fft, n_fft // 2 + 1
         self.first = nn.Conv1d(num_mels, width, 7, padding=3)
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
                                    for _ in range(blocks))
@@ -339,6 +339,9 @@ class FrameVocoder(nn.Module):
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
+        time = torch.arange(mel.shape[1], device=mel.device)[:, None] * self.hop
+        turns = time * torch.arange(self.bins, device=mel.device) % self.n_fft / self.n_fft
+        phase = phase + 2 * math.pi * turns             # a steady tone goes on in the next frame
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
         parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
