@@ -316,10 +316,9 @@ class FrameVocoder(nn.Module):
             for _ in range(blocks))
         self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
         self.head = nn.Linear(width, (2 + noise) * self.bins)
-        window, k = torch.hann_window(n_fft, dtype=torch.float64), torch.arange(self.bins)
-        angle = 2 * math.pi / n_fft * torch.outer(k, torch.arange(n_fft)).double()
-        weight = (2 - (k % (n_fft // 2) == 0).double())[:, None] / n_fft    # ends stand once
-        bases = torch.cat([weight * angle.cos(), -weight * angle.sin()]) * window
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        eye = torch.eye(self.bins, dtype=torch.complex128)
+        bases = torch.fft.irfft(torch.cat([eye, 1j * eye]), n_fft) * window
         self.inverse = (bases * hop_size / window.square().sum()).float()   # no buffer: half()
 
     dtype = property(lambda self: self.head.weight.dtype)
@@ -339,9 +338,9 @@ class FrameVocoder(nn.Module):
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
-        time = torch.arange(mel.shape[1], device=mel.device)[:, None] * self.hop
-        turns = time * torch.arange(self.bins, device=mel.device) % self.n_fft / self.n_fft
-        phase = phase + 2 * math.pi * turns             # a steady tone goes on in the next frame
+        turns = torch.outer(torch.arange(mel.shape[1]) * self.hop, torch.arange(self.bins))
+        # a steady tone goes on in the next frame
+        phase = phase + (turns % self.n_fft).to(mel.device) * (2 * math.pi / self.n_fft)
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
         parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
