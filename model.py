@@ -301,8 +301,8 @@ def image_to_mel(image):
 class FrameVocoder(nn.Module):
     """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
 
-    noise: also of white noise, in each bin as loud as the network says, for mels do not determine
-    rain. (A network that hears noise beats time with it.) Nothing is complex, for ONNX.
+    Bins turn at their own rate, so that steady tones go on; with `noise`, white noise joins, in each
+    bin as loud as the network says, for mels do not determine rain. Nothing is complex, for ONNX.
     """
 
     def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
@@ -339,7 +339,6 @@ class FrameVocoder(nn.Module):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
         turns = torch.outer(torch.arange(mel.shape[1]) * self.hop, torch.arange(self.bins))
-        # a steady tone goes on in the next frame
         phase = phase + (turns % self.n_fft).to(mel.device) * (2 * math.pi / self.n_fft)
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
         parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]

@@ -92,8 +92,7 @@ def train(source, fit, steps, size=3, lr=1e-3, adversary=False):
         mean, std = torch.from_numpy(latents[:, rows]).float()
         image = vae.decode(mean + std * normal(*mean.shape)).sample
         mel = model.image_to_mel(image).transpose(1, 2)
-        wav = np.stack([source.clip(clips, i)[0] for i in rows])
-        wav = torch.from_numpy(wav)
+        wav = torch.from_numpy(np.stack([source.clip(clips, i)[0] for i in rows]))
         made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
         value = energy_distance(*map(spectra, (*made, wav)))
         return value + against(wav, made, judges[step % len(judges)]) if adversary else value
