@@ -301,7 +301,7 @@ def image_to_mel(image):
 class FrameVocoder(nn.Module):
     """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
 
-    Bins turn at their own rate, so that steady tones go on; with `noise`, white noise joins, in each
+    Bins turn at their own rate, so that steady tones go on. With `noise` white noise joins, in each
     bin as loud as the network says, for mels do not determine rain. Nothing is complex, for ONNX.
     """
 
