@@ -297,13 +297,13 @@ def image_to_mel(image):
 class FrameVocoder(nn.Module):
     """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
 
-    noise: also of white noise, in each bin as loud as the network says, for mels do not determine
-    rain. (A network that hears noise beats time with it.) Nothing is complex, for ONNX.
+    Bins turn at their own rate, so that steady tones go on. With `noise` white noise joins, in each
+    bin as loud as the network says, for mels do not determine rain. Nothing is complex, for ONNX.
     """
 
     def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
         super().__init__()
-        self.hop, self.bins, self.noisy = hop_size, n_fft // 2 + 1, noise
+        self.hop, self.n_fft, self.bins, self.noisy = hop_size, n_fft, n_fft // 2 + 1, noise
         self.first = nn.Conv1d(num_mels, width, 7, padding=3)
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
                                    for _ in range(blocks))
@@ -312,10 +312,9 @@ class FrameVocoder(nn.Module):
             for _ in range(blocks))
         self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
         self.head = nn.Linear(width, (2 + noise) * self.bins)
-        window, k = torch.hann_window(n_fft, dtype=torch.float64), torch.arange(self.bins)
-        angle = 2 * math.pi / n_fft * torch.outer(k, torch.arange(n_fft)).double()
-        weight = (2 - (k % (n_fft // 2) == 0).double())[:, None] / n_fft    # ends stand once
-        bases = torch.cat([weight * angle.cos(), -weight * angle.sin()]) * window
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        eye = torch.eye(self.bins, dtype=torch.complex128)
+        bases = torch.fft.irfft(torch.cat([eye, 1j * eye]), n_fft) * window
         self.inverse = (bases * hop_size / window.square().sum()).float()   # no buffer: half()
 
     dtype = property(lambda self: self.head.weight.dtype)
@@ -335,6 +334,8 @@ class FrameVocoder(nn.Module):
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
         phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
+        turns = torch.outer(torch.arange(mel.shape[1]) * self.hop, torch.arange(self.bins))
+        phase = phase + (turns % self.n_fft).to(mel.device) * (2 * math.pi / self.n_fft)
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
         parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)

@@ -3,7 +3,7 @@
 Many sounds fit a mel that the VAE blurred, and a vocoder that regresses learns their mean, of rain
 a hum. Ours takes noise and learns to sample, by the energy distance of spectra (arXiv 2008.01160):
 |x - y| - |x - x'| / 2, of two of its samples x, x' and a recording y, is least when all are of one
-distribution. Then discriminators join, with feature matching (MelGAN, arXiv 1910.06711).
+distribution. Then discriminators join, whose layers are compared in the same way.
 """
 import json
 
@@ -35,6 +35,11 @@ def spectra(wav):
 def distance(x, y):
     """Between spectra(): a norm of whole frames, as each bin alone does not show common beats."""
     return sum(((a - b).square().mean(1) + 1e-8).sqrt().mean() for a, b in zip(x, y)) / len(x)
+
+
+def energy_distance(x, other, y):
+    """Of y's distribution from that of two samples: all are spectra(), or alike."""
+    return (distance(x, y) + distance(other, y) - distance(x, other)) / 2
 
 
 def new_vocoder():
@@ -87,22 +92,21 @@ def train(source, fit, steps, size=3, lr=1e-3, adversary=False):
         mean, std = torch.from_numpy(latents[:, rows]).float()
         image = vae.decode(mean + std * normal(*mean.shape)).sample
         mel = model.image_to_mel(image).transpose(1, 2)
-        wav = np.stack([source.clip(clips, i)[0] for i in rows])
-        real = spectra(wav := torch.from_numpy(wav))
+        wav = torch.from_numpy(np.stack([source.clip(clips, i)[0] for i in rows]))
         made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
-        a, b = map(spectra, made)
-        energy = (distance(a, real) + distance(b, real) - distance(a, b)) / 2
-        return energy + against(wav, made[0], step) if adversary else energy
+        value = energy_distance(*map(spectra, (*made, wav)))
+        return value + against(wav, made, judges[step % len(judges)]) if adversary else value
 
-    def against(wav, x, step):
-        judge = judges[step % len(judges)]
-        true, false = judge(wav), judge(x.detach())
+    def against(wav, made, judge):
+        """What a discriminator, after a step of its own, tells the vocoder."""
         opt.zero_grad()
-        (F.relu(1 - true[-1]).mean() + F.relu(1 + false[-1]).mean()).backward()
+        true, false = judge(wav)[-1], judge(made[0].detach())[-1]
+        (F.relu(1 - true) + F.relu(1 + false)).mean().backward()
         opt.step()
-        false, true = judge(x), [layer.detach() for layer in judge(wav)]
-        match = sum(F.l1_loss(a, b) / b.abs().mean() for a, b in zip(false, true[:-1]))
-        return 0.5 * match - 0.1 * false[-1].mean()
+        x, other, y = map(judge, (*made, wav))
+        units = [layer.std().detach() for layer in y[:-1]]
+        features = [[layer / unit for layer, unit in zip(of, units)] for of in (x, other, y)]
+        return energy_distance(*features) - 0.1 * x[-1].mean()
 
     fit(source, "vocoder2" if adversary else "vocoder", list(net.parameters()), steps, lr, loss,
         kept=[w.detach() for w in judges.parameters()])
