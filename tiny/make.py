@@ -294,7 +294,7 @@ STAGES = {
     "classifier": (stage_classifier, {}, None),
     "decoder": (stage_decoder, {}, None),
     "decoder2": (stage_decoder, dict(cycle=1), None),
-    "vocoder": (vocoder.train, None, dict(fit=fit, steps=2000)),
+    "vocoder": (vocoder.train, None, dict(fit=fit, steps=1000)),
     "teacher": (stage_teacher, {}, dict(steps=1200, lr=1e-3, size=32)),
     "again": (stage_teacher, dict(steps=2000, lr=7e-4, again=True),
               dict(steps=800, lr=7e-4, again=True, size=32)),
