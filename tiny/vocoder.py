@@ -55,8 +55,7 @@ def train(source, fit, steps, size=3, lr=1e-3):
         rows = rng.integers(source.number, size=size)
         normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
         mean, std = torch.from_numpy(latents[:, rows]).float()
-        image = vae.decode(mean + std * normal(*mean.shape)).sample
-        mel = model.image_to_mel(image).transpose(1, 2)
+        mel = model.image_to_mel(vae.decode(mean + std * normal(*mean.shape)).sample).mT
         wav = torch.from_numpy(np.stack([source.clip(clips, i)[0] for i in rows]))
         made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
         x, other, y = map(spectra, (*made, wav))
