@@ -295,7 +295,6 @@ STAGES = {
     "decoder": (stage_decoder, {}, None),
     "decoder2": (stage_decoder, dict(cycle=1), None),
     "vocoder": (vocoder.train, None, dict(fit=fit, steps=1000)),
-    "vocoder2": (vocoder.train, None, dict(fit=fit, steps=600, size=2, lr=3e-4, adversary=True)),
     "teacher": (stage_teacher, {}, dict(steps=1200, lr=1e-3, size=32)),
     "again": (stage_teacher, dict(steps=2000, lr=7e-4, again=True),
               dict(steps=800, lr=7e-4, again=True, size=32)),

@@ -238,12 +238,10 @@ LISTS = ("first", "second", "third")
 
 
 class World:
-    """Captions of single events and of pairs; their sound is made by render(), as above.
+    """Captions of events and pairs of them, made to sound by render(); tiny.make writes to home.
 
-    events, unseen: as EVENTS and UNSEEN. number: of the teacher's clips. held: how many captions of
-    a held-out list have a single event, a pair that training has too, and one of `unseen`. single:
-    share of single events among clips. train: how many training captions. What tiny.make makes goes
-    to `home`.
+    number, train: how many clips and captions to train on. held: how many held-out captions have a
+    single event, a pair of training's, an unseen one. single: share of single events among clips.
     """
 
     def __init__(self, events, unseen, home, number, held, single, train):
