@@ -89,3 +89,11 @@ def test_the_vocoder_is_the_same_in_any_batch(noise):
                            torch.hann_window(640))[:, 640:-640]
     assert vocoder.istft(spectrum).shape == (2, 40 * HOP)
     torch.testing.assert_close(vocoder.istft(spectrum)[:, 720:-720], expected, rtol=0, atol=1e-4)
+
+
+def test_the_shipped_teacher_makes_a_clip_of_its_captions():
+    rows = read_rows(make.TINY.parent / "recorded/heldout.csv")
+    system = load_teacher(str(make.TINY.parent / "recorded"), 2, device="cpu")
+    assert len(rows) == 512 and not system.encode_text.unread(row["caption"] for row in rows)
+    wav, = system([rows[0]["caption"]])
+    assert wav.shape == (40960,) and 0.01 < np.abs(wav).max() <= 1
