@@ -69,6 +69,9 @@ def during_a_step(monkeypatch, do):
                                     signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_ends_it_behind_the_step_that_is_saved(words, tmp_path, monkeypatch, capsys,
                                                         handlers, number):
+    if signal.getsignal(number) == signal.SIG_IGN:          # of a shell's background
+        signal.signal(number, signal.SIG_DFL)
+
     def stop():
         os.kill(os.getpid(), number)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL        # a second Ctrl-C ends it
