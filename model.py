@@ -73,7 +73,7 @@ def read_settings(folder):
 def open_student(name):
     """Find a student's UNet: (folder, subfolder, its swiftaudio.json or {}).
 
-    That names a teacher's folder as ./NAME; where it is, paths.json says, beside the student.
+    That names folders and files as ./NAME; where they are, paths.json says, beside the student.
     """
     require(name != "out/student" or Path(name).exists(), "out/student: no student there yet; "
             "train one (python train.py --teacher tiny) or pass --student")
@@ -84,7 +84,9 @@ def open_student(name):
     if "teacher" not in about:
         return folder, "unet", {}
     paths = read_json(beside) if beside.exists() else {}
-    return folder, "", about | {"teacher": paths.get(about["teacher"], about["teacher"])}
+    for values, key in ((about, "teacher"), (about.get("flags", {}), "captions")):
+        values[key] = paths.get(values.get(key), values.get(key))
+    return folder, "", about
 
 
 def has_bf16(device):

@@ -165,7 +165,8 @@ def main(argv=None):
 def parse_run(p, argv, recipe=None):
     """Parse a training script's flags: those given, else the teacher's own of swiftaudio.json.
 
-    recipe: whose section there counts after "train". The step of --init's student stays as it was.
+    recipe: whose section there counts after "train". The step of --init's student stays as it was,
+    its captions too, unless --teacher is another.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args(argv)
@@ -177,8 +178,11 @@ def parse_run(p, argv, recipe=None):
     if "captions" in values:
         values["captions"] = str(home / values["captions"])
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
+    words, theirs = ("captions", "caption_column", "max_captions"), about.get("flags", {})
+    if not (given.teacher or str(theirs.get("captions", "./")).startswith("./")):   # known here
+        values |= {name: theirs.get(name) for name in words}
     if given.captions:
-        values |= dict.fromkeys(["captions", "caption_column", "max_captions"])
+        values |= dict.fromkeys(words)
     words = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -471,10 +475,11 @@ def save_student(run, folder, step):
              "flags": {name: public(value) for name, value in flags.items()},
              "identity": run.identity,
              "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
+    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
     folder.mkdir(exist_ok=True)
     save_network(folder, run.student, dict(zip(names, kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-    data.replace_text(run.out / "paths.json", json.dumps({about["teacher"]: flags["teacher"]}))
+    data.replace_text(run.out / "paths.json", json.dumps(paths))    # of this machine alone
 
 
 if __name__ == "__main__":

@@ -221,8 +221,10 @@ def test_nothing_of_this_machine_is_published(go, plain, captions, tmp_path, mon
     assert (about["teacher"], about["flags"]["captions"]) == ("./same", "./captions.csv")
 
     given = ["--captions", str(captions)]
-    args = train.parse_args(["--init", str(out / "student"), *given])
-    assert (args.teacher, args.student_t, args.seed) == (teacher, 625, 0)
+    args = train.parse_args(["--init", str(out / "student")])
+    assert (args.teacher, args.captions, args.student_t, args.seed) == (teacher, given[1], 625, 0)
+    with pytest.raises(InputError, match="--captions FILE is needed"):
+        train.parse_args(["--init", str(out / "student"), "--teacher", teacher])
     monkeypatch.chdir(shutil.copytree(out / "student", tmp_path / "published"))
     for flags, says in ((["."], "./same: no such folder"),              # then not its teacher
                         ([teacher], f"{train.AUFFUSION}: no such folder")):
