@@ -53,9 +53,12 @@ def stays(one_step_run):
 @pytest.fixture
 def handlers():
     """Whether those of train.STOP are as they were; afterwards they are."""
+    inherited = {n: signal.getsignal(n) for n in train.STOP}
+    for n in (n for n in inherited if inherited[n] == signal.SIG_IGN):     # by a shell's &, nohup
+        signal.signal(n, signal.SIG_DFL)
     before = {n: signal.getsignal(n) for n in train.STOP}
     yield lambda: {n: signal.getsignal(n) for n in train.STOP} == before
-    for n, handler in before.items():
+    for n, handler in inherited.items():
         signal.signal(n, handler)
 
 
@@ -69,9 +72,6 @@ def during_a_step(monkeypatch, do):
                                     signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_signal_ends_it_behind_the_step_that_is_saved(words, tmp_path, monkeypatch, capsys,
                                                         handlers, number):
-    if signal.getsignal(number) == signal.SIG_IGN:          # of a shell's background
-        signal.signal(number, signal.SIG_DFL)
-
     def stop():
         os.kill(os.getpid(), number)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL        # a second Ctrl-C ends it
