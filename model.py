@@ -328,10 +328,11 @@ class FrameVocoder(nn.Module):
         wav = sum(F.pad(frames[:, :, i], (0, 0, i, more - i)) for i in range(more + 1)).flatten(1)
         return wav[:, more * self.hop // 2:][:, :spectrum.shape[1] * self.hop]
 
+    def draw(self, frames):
+        """White noise (1, frames, 2 bins), the same in any batch."""
+        return torch.randn(1, frames, 2 * self.bins, generator=torch.Generator().manual_seed(0))
+
     def forward(self, mel, noise=None):                 # (B, T, M), (1 or B, T, 2 bins)
-        if noise is None:                               # the same in any batch
-            seeded = torch.Generator().manual_seed(0)
-            noise = torch.randn(1, mel.shape[1], 2 * self.bins, generator=seeded)
         x = self.first((mel + 4).transpose(1, 2) / 4)
         for conv, mixer in zip(self.convs, self.mixers):
             x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
@@ -339,7 +340,9 @@ class FrameVocoder(nn.Module):
         turns = torch.outer(torch.arange(mel.shape[1]) * self.hop, torch.arange(self.bins))
         phase = phase + (turns % self.n_fft).to(mel.device) * (2 * math.pi / self.n_fft)
         loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
-        parts = [torch.cat([phase.cos(), phase.sin()], 2), noise.to(mel.device)]
+        parts = [torch.cat([phase.cos(), phase.sin()], 2)]
+        if self.noisy:
+            parts.append((self.draw(mel.shape[1]) if noise is None else noise).to(mel.device))
         return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
 
 

@@ -60,7 +60,7 @@ def add_run(add):
     add("--weight_decay", type=positive, default=0.01, help="AdamW's")
     add("--grad_clip", type=positive, default=1.0, help="largest gradient norm; 0: no limit")
     add("--warmup", type=number(int), default=0, help="steps of linear warm-up")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="of all rates, to 0")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="linear, to rate 0")
     add("--ema", type=beta, default=0.0, help="average the saved student")
     add("--device", help="cuda, mps or cpu; default: the first there is")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU")
@@ -178,11 +178,11 @@ def parse_run(p, argv, recipe=None):
     if "captions" in values:
         values["captions"] = str(home / values["captions"])
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
-    words, theirs = ("captions", "caption_column", "max_captions"), about.get("flags", {})
+    which, theirs = ("captions", "caption_column", "max_captions"), about.get("flags", {})
     if not (given.teacher or str(theirs.get("captions", "./")).startswith("./")):   # known here
-        values |= {name: theirs.get(name) for name in words}
+        values |= {name: theirs.get(name) for name in which}
     if given.captions:
-        values |= dict.fromkeys(words)
+        values |= dict.fromkeys(which)
     words = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -475,10 +475,10 @@ def save_student(run, folder, step):
              "flags": {name: public(value) for name, value in flags.items()},
              "identity": run.identity,
              "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
-    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
     folder.mkdir(exist_ok=True)
     save_network(folder, run.student, dict(zip(names, kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
+    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
     data.replace_text(run.out / "paths.json", json.dumps(paths))    # of this machine alone
 
 

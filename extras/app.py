@@ -33,7 +33,7 @@ def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, stren
     flags = [*own, f"--prompt={prompt}", f"--seed={seed}", f"--n={n}", f"--seconds={seconds}",
              f"--decoder={decoder}"]
     try:
-        commands.parse_args(flags)                          # checks them
+        parsed = commands.parse_args(flags)                 # checks them
         plain, _ = parse_weights(prompt)
         require(plain.strip(), "an empty prompt; say what it sounds like")
         system = system_of(*own, f"--decoder={decoder}")
@@ -50,8 +50,8 @@ def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, stren
     except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
         line = " ".join(str(e).replace(os.environ["GRADIO_TEMP_DIR"], "").split())
         return html.escape(line), unchanged, results
-    plain = not path and plain == prompt and not commands.parse_args(flags).teacher_steps
-    script = "sample.py" if plain else "-m extras.control"
+    control = path or plain != prompt or parsed.teacher_steps
+    script = "-m extras.control" if control else "sample.py"
     command = html.escape(f"python {script} {shlex.join(flags)}")
     clips += f"<p>{time.time() - started:.2f} s: <code>{command}</code></p>"
     results = [(clips, folder), *results][:20]              # a folder goes with its last reference

@@ -70,7 +70,7 @@ def parts(system, dtype):
         return found
     given = {"mel": torch.zeros(2, *(8 * n for n in system.shape[1:]))}
     if getattr(decoder.vocoder, "noisy", False):
-        given["noise"] = torch.zeros(1, given["mel"].shape[2], 2 * decoder.vocoder.bins)
+        given["noise"] = decoder.vocoder.draw(given["mel"].shape[2])
     return found | {"vocoder": (Part(decoder.vocoder, dtype, vocode), given)}
 
 
@@ -97,9 +97,8 @@ def export(system, folder, dtype):
                               dynamo=True, verbose=False)
         except Exception as e:
             raise InputError(f"{name}: cannot be exported ({cause(e)})")
-        if "noise" in given:                            # as the vocoder draws its own
-            known["noise"] = torch.randn(1, mel.shape[2], given["noise"].shape[2],
-                                         generator=torch.Generator().manual_seed(0))
+        if "noise" in given:
+            known["noise"] = system.decoder.vocoder.draw(mel.shape[2])
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         made = torch.from_numpy(session.run(None, {key: known[key].numpy() for key in given})[0])
         made = log_mel(made, mel.shape[1]) if name == "vocoder" else made

@@ -294,11 +294,6 @@ class Ear:
         return {"hit": sum(found) / len(found) if found else None, "hit_N": len(found)}
 
 
-def hear(path, waveforms):
-    """Of each of waveforms (N,) at 16 kHz, YAMNet's windows: [scores (n, 521)], [embeddings]."""
-    return [[*column] for column in zip(*map(Ear(path).windows, waveforms))]
-
-
 # ---- folders -------------------------------------------------------------------------------------
 
 def recordings(folder):

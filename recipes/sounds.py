@@ -117,8 +117,9 @@ def save_teacher(run):
     for name, layer in lora_layers(unet).items():
         A, B = (m.weight.detach().flatten(1) for m in (layer.lora_A, layer.lora_B))
         state[f"{name}.weight"] += layer.scale * (B @ A).view_as(layer.weight)
-    ignore = shutil.ignore_patterns("unet", ".*", run.out.name)     # --out_dir may be in there
-    shutil.copytree(run.folder, folder, dirs_exist_ok=True, ignore=ignore)
+    if not (folder / "unet/config.json").exists():      # the last file: the rest is there, too
+        ignore = shutil.ignore_patterns("unet", ".*", run.out.name)     # --out_dir may be in there
+        shutil.copytree(run.folder, folder, dirs_exist_ok=True, ignore=ignore)
     (folder / "unet").mkdir(exist_ok=True)
     train.save_network(folder / "unet", unet, {k: w.contiguous() for k, w in state.items()})
     if not args.all_weights:
