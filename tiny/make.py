@@ -234,9 +234,10 @@ def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     """
     mean, std = load(source, "teacher", "latents").float()
     scale = AutoencoderKL.load_config(source.teacher / "vae")["scaling_factor"]
-    texts = [text for text, _, _ in source.clips(source.number)]
+    texts, events, _ = zip(*source.clips(source.number))
+    heard = np.flatnonzero([not {e for e, _, _ in es} & {*source.without} for es in events])
     tokenizer = make_tokenizer(texts)
-    ids = tokenizer(texts + [""], padding="max_length", return_tensors="pt").input_ids
+    ids = tokenizer([*texts, ""], padding="max_length", return_tensors="pt").input_ids
     torch.manual_seed(SEED)
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(
         TINY / "text_encoder", vocab_size=len(tokenizer))).float()
@@ -244,6 +245,7 @@ def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     if again or isinstance(source, Recordings):
         start = source.teacher if again else TINY
         unet = UNet2DConditionModel.from_pretrained(start / "unet").float()
+        start = source.teacher if source.without else start     # it knows the words, as CLIP does
         text = CLIPTextModel.from_pretrained(start / "text_encoder").float()
         known = PreTrainedTokenizerFast.from_pretrained(start / "tokenizer").get_vocab()
         words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -252,12 +254,12 @@ def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
         text.set_input_embeddings(torch.nn.Embedding.from_pretrained(table, freeze=False))
         text.config.vocab_size = len(rows)
     alphas = load_scheduler(TINY).alphas_cumprod
-    params = list(unet.parameters()) + list(text.parameters())
+    params = [*unet.parameters(), *(() if source.without else text.parameters())]
     ema = [p.detach().clone() for p in params]
 
     def loss(step):
         rng = np.random.default_rng((SEED, 6 if again else 4, step))
-        i = torch.from_numpy(rng.integers(source.number, size=size))
+        i = torch.from_numpy(heard[rng.integers(len(heard), size=size)])
         dropped = torch.from_numpy(rng.random(size) < 0.1)                  # unconditional
         caption = torch.where(dropped, len(texts), i)
         g = torch.Generator().manual_seed(step + 10 ** 6 * again)
@@ -307,8 +309,10 @@ def main(argv=None):
     p.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES), help="some of them")
     p.add_argument("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
     p.add_argument("--out", type=Path, default="out/recorded", help="for the teacher of recordings")
+    p.add_argument("--without", nargs="*", default=(), help="events the UNet is not trained on")
     args = p.parse_args(argv)
     source = Recordings(args.sounds, home=args.out) if args.sounds else world.SYNTHESIS
+    source.without = args.without
     for name in args.stage:
         function, *settings = STAGES[name]
         how = settings[isinstance(source, Recordings)]
