@@ -18,8 +18,7 @@ from data import InputError, read_json
 from extras.metrics import load_classifier
 from extras.teacher import load_teacher
 from model import TINY, read_settings
-from recipes import energy
-from tiny import ablate, make, score, world
+from tiny import make, score, world
 
 
 def untrained(folder, t=625):
@@ -300,7 +299,7 @@ def test_diversity_of_a_student_is_printed(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("program, flags, says", [
     (score, [str(TINY)], "is no student that train.py made"),       # but a complete model
     (score, ["--diversity", "8", "--clips", "4"], "--diversity 8 needs"),
-    (ablate, ["table5", "--only", "90 captions"], "table5 has no row '90 captions'")])
+    (score, ["a", "b", "--all"], "--all and --diversity go with one student")])
 def test_what_makes_no_sense_is_refused_in_one_line(program, flags, says):
     refuses(program.main, flags, says=says)
 
@@ -321,81 +320,11 @@ def test_the_first_losses_are_those_of_the_readme(tmp_path):
         assert found == pytest.approx(expected, rel=5e-2)
 
 
-# ---- ablations ---------------------------------------------------------------------------------
-
-def scores_of(systems, rows):
-    """As a table's line shows them: system k with the noise of seed k."""
-    return ablate.line("", [score.measure({"": system}, rows, seed)[""]
-                            for seed, system in enumerate(systems)])[2:]
-
-
-def test_an_ablation_s_students_are_scored_on_several_lists_and_trained_once(
-        tmp_path, capsys, monkeypatch):
-    flags = "--max_captions 100 --batch_size 2"
-    monkeypatch.setitem(ablate.TABLES, "table5", {"first": (None, ""), "row": (train, flags)})
-
-    def go(*more):
-        ablate.main(["table5", "--only", "row", "--steps", "1", "--seeds", "2", "--clips", "2",
-                     "--out", str(tmp_path), *more])
-        return capsys.readouterr().out.splitlines()
-
-    second = go()[-1]
-    students = [tmp_path / f"1 steps/train_max_captions_100_batch_size_2/seed {seed}/student"
-                for seed in (0, 1)]
-    abouts = [read_settings(folder) for folder in students]
-    assert [(about["step"], about["flags"]["seed"], about["flags"]["max_captions"])
-            for about in abouts] == [(1, 0, 100), (1, 1, 100)]
-    systems = [score.load_student(folder)[2] for folder in students]
-    assert second == "| row" + scores_of(systems, score.held_out(2, "second"))
-    monkeypatch.setattr(train, "vsd_loss", None)        # from here on nothing is trained
-    both = go("--list", "third", "second")
-    assert [line for line in both if line[:3] == "N ="] == [
-        f"N = 2 held-out captions, {name} list, 2 seeds" for name in ("third", "second")]
-    assert [line for line in both if line.startswith("| row")][1::2] == [
-        "| row" + scores_of(systems, score.held_out(2, "third")), second]
-    monkeypatch.setattr(score, "load_student", None)    # nor scored
-    assert go()[-1] == second
-    with pytest.raises(InputError, match="holds a run with other defaults or --clips"):
-        go("--list", "first", "--clips", "3")
-
-
-def test_rows_of_a_recipe_are_trained_on_the_same_clips(tmp_path, capsys, monkeypatch):
-    flags = "--clips 4 --clip_steps 1 --batch_size 2 --max_steps 1"
-    monkeypatch.setitem(ablate.TABLES, "long", {
-        "energy": (energy, flags), "patch": (energy, f"{flags} --patch 2")})
-    ablate.main(["long", "--seeds", "1", "--clips", "2", "--out", str(tmp_path)])
-    assert list(tmp_path.rglob("clips*s")) == [tmp_path / "clips of seed 0.safetensors"]
-    assert len(list(tmp_path.rglob("row second.json"))) == 2
-    assert "| patch | " in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_row_that_is_stopped_is_not_scored(tmp_path, monkeypatch):
-    program = SimpleNamespace(__name__="program", main=lambda words: 128 + 2)
-    monkeypatch.setitem(ablate.TABLES, "long", {"row": (program, "")})
-    with pytest.raises(SystemExit) as stopped:
-        ablate.main(["long", "--out", str(tmp_path)])
-    assert stopped.value.code == 130 and not list(tmp_path.rglob("row*"))
-
-
-def test_the_rows_of_all_tables_have_flags_that_exist():
-    rows = [row for table in ablate.TABLES.values() for row in table.values()]
-    assert len(rows) > 30
-    for program, flags in rows:
-        assert program.parse_args(["--teacher", "tiny", *flags.split()]).teacher == "tiny"
-
-
-def test_queries_compare_students_with_the_teacher_unguided_in_one_step(
-        tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ablate, "QUERIES", (2,))
-    for seed, t in ((0, 999), (1, 625)):
-        untrained(tmp_path / f"out{seed}/student", t)
-    name = str(tmp_path / "out{seed}/student")
-    ablate.main(["queries", "--clips", "2", "--seeds", "2", "--student", name])
-    rows, at_T = score.held_out(2, "second"), score.load_untrained(999)
-    floor = [score.scored(rows, score.real(rows, score.FLOOR + seed)) for seed in (0, 1)]
-    teacher = score.load_teacher(2)
-    assert capsys.readouterr().out.splitlines()[-4:] == [
-        ablate.line("real audio, rendered again", floor),
-        "| teacher, 1 step at T" + scores_of([at_T, at_T], rows),
-        "| teacher, 2 steps" + scores_of([teacher, teacher], rows),
-        f"| {name}" + scores_of([at_T, score.load_untrained(625)], rows)]
+def test_several_students_have_a_mean_and_a_spread_each_with_noise_of_its_own(tmp_path, capsys):
+    names = [untrained(tmp_path / f"student{t}", t) for t in (999, 625)]
+    call(score.main, *names, "--clips", 2, "--list", "second", "--seed", 5)
+    rows = score.held_out(2, "second")
+    found = [score.measure({"": score.load_untrained(t)}, rows, seed)[""]
+             for t, seed in ((999, 5), (625, 6))]
+    table = {"2 students": score.summary(found)}
+    assert capsys.readouterr().out == score.show(table, 2) + "\n"

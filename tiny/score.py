@@ -5,6 +5,7 @@
     python -m tiny.score out/student --kind unseen      # events that no training caption pairs
     python -m tiny.score out/student --all              # those rows measured again
     python -m tiny.score out/student --diversity 8      # how far apart are a caption's eight clips?
+    python -m tiny.score out0/student out1/student      # mean and spread, of runs of several seeds
 
 A small classifier of the world's events plays the part of PANNs CNN14 in the paper's protocol: one
 embedding and one row of logits a clip. Log-mels are scored, before the vocoder, which would take
@@ -144,19 +145,6 @@ def measure(systems, rows, seed=0):
             for name, system in systems.items()}
 
 
-def beside_floor(systems, rows, seeds):
-    """Score the same captions rendered again, the best there can be, and systems: {name: rows}.
-
-    systems: for each seed {name: System}; each name has as many rows.
-    """
-    found = {}
-    for seed, mine in zip(seeds, systems):
-        again = {FLOOR_ROW: scored(rows, real(rows, FLOOR + seed))}
-        for name, row in {**again, **measure(mine, rows, seed)}.items():
-            found.setdefault(name, []).append(row)
-    return found
-
-
 def summary(found):
     """The mean of several seeds' rows, with "std", the standard deviations; one row is itself."""
     if len(found) == 1:
@@ -168,8 +156,15 @@ def summary(found):
 
 
 def baselines(rows, seeds, t):
-    """Measure what a student whose step is at t is compared with: {name: summary of the seeds}."""
-    found = beside_floor([compared(t)] * len(seeds), rows, seeds)
+    """Measure the floor, which is the same captions rendered again, and compared(t).
+
+    {name: summary of the seeds}.
+    """
+    found, systems = {}, compared(t)
+    for seed in seeds:
+        again = {FLOOR_ROW: scored(rows, real(rows, FLOOR + seed))}
+        for name, row in {**again, **measure(systems, rows, seed)}.items():
+            found.setdefault(name, []).append(row)
     return {name: summary(of_seeds) for name, of_seeds in found.items()}
 
 
@@ -220,12 +215,12 @@ def diversity(systems, rows, each=8, seed=0):
 
 # ---- what is shown -----------------------------------------------------------------------------
 
-def cells(row, sign="+-"):
+def cells(row):
     """A row's metrics in words, such as "20.7 +- 2.3", or "-" where there is none."""
     def cell(key, digits):
         if row[key] is None:
             return "-"
-        std = f" {sign} {row['std'][key]:.{digits}f}" if "std" in row else ""
+        std = f" +- {row['std'][key]:.{digits}f}" if "std" in row else ""
         return f"{row[key]:.{digits}f}{std}"
 
     return [cell(key, digits) for key, digits in DIGITS.items()]
@@ -278,9 +273,9 @@ def sheet(systems, rows, seed):
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("student", nargs="?", default="out/student", help="folder of train.py")
+    add("student", nargs="*", default=["out/student"], help="folder of train.py, or several")
     add("--clips", type=number(int, 1), default=512, help="how many held-out captions, up to 512")
-    add("--seed", type=number(int), default=0, help="of the noise")
+    add("--seed", type=number(int), default=0, help="of the noise; of several, the first's")
     add("--list", choices=world.LISTS, default="first",
         help="held-out captions to report by, to choose by, or to confirm a choice")
     add("--kind", choices=world.KINDS, default="all",
@@ -293,12 +288,14 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     require(not args.diversity or args.diversity <= args.clips,
             f"--diversity {args.diversity} needs as many --clips, not {args.clips}")
+    require(len(args.student) == 1 or not (args.all or args.diversity),
+            "--all and --diversity go with one student")
     return args
 
 
 def report(args):
     """Score a student: print the table, write scores.json, spectrograms.png and the model card."""
-    folder, about, system = load_student(args.student)
+    folder, about, system = load_student(*args.student)
     student, t = {f"student after {about['step']} steps": system}, about.get("timestep")
     rows, whole = held_out(args.clips, args.list, args.kind), len(world.KINDS["all"])
     others = {}
@@ -315,7 +312,7 @@ def report(args):
     found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
              "systems": table}
     if (folder / "decoder/config.json").exists():
-        _, _, fast = load_student(args.student, "fast")
+        _, _, fast = load_student(*args.student, "fast")
         exact, mels = (generate(s, rows, name, args.seed)
                        for s, name in ((system, "VAE"), (fast, "small decoder")))
         row, error = scored(rows, mels), (mels - exact).abs().mean().item()
@@ -337,7 +334,7 @@ def report(args):
 
 def report_diversity(args):
     """Print how far apart several clips of one caption are: real ones, teacher's and student's."""
-    systems = {"student": load_student(args.student)[2], "teacher": load_teacher(STEPS)}
+    systems = {"student": load_student(*args.student)[2], "teacher": load_teacher(STEPS)}
     rows = held_out(args.clips // args.diversity, args.list, args.kind)
     found = diversity(systems, rows, args.diversity, args.seed)
     print(f"{len(rows)} captions, {args.diversity} clips each: "
@@ -345,9 +342,18 @@ def report_diversity(args):
           + f", student / teacher {found['student'] / found['teacher']:.3f}")
 
 
+def report_seeds(args):
+    """Print the mean and spread of students of several seeds, each with noise of its own."""
+    rows, found = held_out(args.clips, args.list, args.kind), []
+    for seed, name in enumerate(args.student, args.seed):
+        found.append(measure({name: load_student(name)[2]}, rows, seed)[name])
+    print(show({f"{len(found)} students": summary(found)}, len(rows)))
+
+
 def main(argv=None):
     args = parse_args(argv)
-    (report_diversity if args.diversity else report)(args)
+    several = report_seeds if len(args.student) > 1 else report
+    (report_diversity if args.diversity else several)(args)
 
 
 if __name__ == "__main__":
