@@ -66,7 +66,8 @@ def read_settings(folder):
     """Read a folder's own swiftaudio.json, {"seconds": ..., "train": {flag: value}, ...}, or {}."""
     path = Path(folder) / "swiftaudio.json"
     found = read_json(path) if path.exists() else {}
-    require(isinstance(found, dict), f"{path}: must be an object, {{...}}")
+    fine = isinstance(found, dict) and isinstance(found.get("seconds", 0), (int, float))
+    require(fine, f"{path}: must be an object, {{...}}, its seconds a number")
     return found
 
 

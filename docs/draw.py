@@ -1,4 +1,4 @@
-"""Draw the figures of docs/assets that show tables of RESULTS.md (step.svg is drawn by hand).
+"""Draw the figures of docs/assets: a training step, and tables of RESULTS.md.
 
     python docs/draw.py
 """
@@ -8,14 +8,44 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 STYLE = """<style> svg { font: 13px sans-serif }
-text, circle { fill: currentColor } path { fill: none; stroke: currentColor }
-.ink { color: #24292f } .grid { color: #d0d7de } .paper { fill: #fff; stroke: none }
+path, rect { fill: none; stroke: currentColor } text, circle, .head { fill: currentColor }
+.wide { stroke-width: 2.5 } .head, .paper { stroke: none }
+.ink { color: #24292f } .grid { color: #d0d7de } .in, .paper { fill: #fff }
 .c0 { color: #c0392b } .c1 { color: #1f6fb2 } .c2 { color: #9a6200 } .c3 { color: #1a7f37 }
-.c4 { color: #8250df } @media (prefers-color-scheme: dark) {
-.ink { color: #e6edf3 } .grid { color: #3d444d } .paper { fill: #0d1117 }
+.c4 { color: #8250df } .fill { fill: #e9edf1 }
+@media (prefers-color-scheme: dark) {
+.ink { color: #e6edf3 } .grid { color: #3d444d } .in, .paper { fill: #0d1117 }
 .c0 { color: #ff7b6b } .c1 { color: #6cb6ff } .c2 { color: #e3a84f } .c3 { color: #57c274 }
-.c4 { color: #c297ff } }
+.c4 { color: #c297ff } .fill { fill: #262d35 } }
 </style>"""
+# A training step. Boxes: x, y, width, height, class, lines; * makes one bold, x_0 lowers a letter.
+BOXES = (
+    (520, 66, 150, 270, "fill", ""), (10, 112, 92, 36, "", "noise z_T"),
+    (10, 164, 92, 36, "", "caption y"),
+    (136, 105, 116, 102, "c0 wide", "*student|a UNet, one pass|(eq. 1)"),
+    (286, 134, 64, 44, "", "x_0|a clip"),
+    (379, 122, 114, 68, "", "add noise,|random t (eq. 2)|x_t"),
+    (532, 102, 126, 46, "in", "adapters off:|*teacher"),
+    (532, 162, 126, 46, "in c1 wide", "adapters on:|*LoRA teacher"),
+    (700, 122, 96, 68, "c0", "difference|of the two|(VSD, eq. 3)"),
+    (266, 60, 104, 44, "in c0", "total variation|(eq. 6), optional"),
+    (379, 260, 114, 68, "", "add fresh noise,|another t|(eq. 2)"),
+    (532, 271, 126, 46, "in c1 wide", "adapters on:|*LoRA teacher"),
+    (700, 260, 96, 68, "c1", "error of its|noise estimate|(eq. 8)"))
+ARROWS = (          # class, path
+    ("", "M102 130H134"), ("", "M102 182H134"), ("", "M252 156H284"), ("", "M350 156H377"),
+    ("", "M493 156C508 156 504 126 530 126"), ("", "M493 156C508 156 504 184 530 184"),
+    ("", "M658 126C680 126 682 156 698 156"), ("", "M658 184C680 184 682 156 698 156"),
+    ("", "M318 178V294H377"), ("", "M493 294H530"), ("", "M658 294H698"),
+    ("c0 wide", "M748 122V36H194V103"), ("c0", "M318 134V106"), ("c0", "M318 60V38"),
+    ("c1 wide", "M748 328V366H595V319"))
+SAYS = (            # x, y, class, text
+    (471, 25, "c0", "*student's loss: the difference is its gradient at x_0"),
+    (595, 88, "", "*one frozen UNet"), (595, 233, "", "both read x_t, t and y"),
+    (671, 388, "c1", "*LoRA teacher's loss: denoise x_0"),
+    (150, 330, "c0", "red: trains the student"),
+    (150, 352, "c1", "blue: trains the LoRA teacher's adapters"),
+    (150, 374, "", "plain: forward; the filled UNet never changes"))
 
 
 def svg(height, *body):
@@ -26,6 +56,38 @@ def svg(height, *body):
 
 def words(x, y, text, anchor="middle"):
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{text}</text>'
+
+
+def label(x, y, text):
+    """words(), bold with a * before them, and in x_0 with the 0 below the line."""
+    lowered = r'<tspan dy="4" font-size="10">\1</tspan><tspan dy="-4">\2</tspan>'
+    line = words(x, y, re.sub("_(.)(.*)", lowered, text.removeprefix("*")))
+    return f'<g font-weight="bold">{line}</g>' if text[0] == "*" else line
+
+
+def head(d):
+    """The head of an arrow along a path of M, H, V and C, which ends to the right."""
+    x = y = turn = 0
+    for command, numbers in re.findall(r"([MHVC])([\d. ]+)", d):
+        *_, u, v = 0, *map(int, numbers.split())
+        to = {"H": (v, y), "V": (x, v)}.get(command, (u, v))
+        turn = 0 if command in "MC" else math.degrees(math.atan2(to[1] - y, to[0] - x))
+        x, y = to
+    return (f'<path class="head" transform="translate({x} {y}) rotate({turn:.0f})" '
+            'd="M0 0L-9 4.5V-4.5Z"/>')
+
+
+def step():
+    """One training step, from BOXES, ARROWS and SAYS."""
+    body = [f'<g class="{look}"><path d="{d}"/>{head(d)}</g>' for look, d in ARROWS]
+    for x, y, w, h, look, text in BOXES:
+        lines = text.split("|")
+        rect = f'<rect class="{look}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>'
+        says = [label(x + w / 2, y + h / 2 + 18 * i - 9 * len(lines) + 14, line)
+                for i, line in enumerate(lines) if line]
+        body.insert(0, rect) if not says else body.extend([rect, *says])
+    body += [f'<g class="{look}">{label(x, y, text)}</g>' for x, y, look, text in SAYS]
+    return svg(400, *body)
 
 
 def table(text, title):
@@ -119,7 +181,7 @@ def figures(text):
     for name, row in table(text, "Passes against quality"):
         passes.setdefault(re.split(r", | \(", name)[0], []).append((row["passes"][0], row["FD"]))
     return {
-        "curve.svg": lines(steps, above, ticks, math.log, curve),
+        "step.svg": step(), "curve.svg": lines(steps, above, ticks, math.log, curve),
         "coverage.svg": lines(steps, f"FD to teacher, {above}", range(0, 61, 10), float, cover),
         "queries.svg": lines("UNet passes", "FD", (20, 50, 100, 200, 500), math.log, passes),
         "families.svg": dots(table(text, "One teacher, every family"), "third list: FD to teacher")}

@@ -257,7 +257,8 @@ def test_settings(broken):
     path = broken / "swiftaudio.json"
     assert model.read_settings(broken) == {"seconds": 0.64}
     assert model.latent_shape(broken) == (4, 8, 8)
-    for content, says in (("{", "is not JSON"), ("[1]", "must be an object")):
+    for content, says in (("{", "is not JSON"), ("[1]", "must be an object"),
+                          ('{"seconds": "x"}', "must be an object")):
         path.write_text(content)
         refuses(model.read_settings, broken, says=f"swiftaudio.json: {says}")
     path.unlink()
