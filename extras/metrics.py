@@ -286,12 +286,15 @@ class Ear:
 
     def hits(self, logits, captions):
         """How often the top 3 has a class that fits the first key with a word of the caption."""
-        found = []
+        found, share = {}, lambda hits: sum(hits) / len(hits) if hits else None
         for top, caption in zip(logits.topk(3).indices.tolist(), captions):
             said = {word.strip(".,;:!?\"'()") for word in caption.lower().split()}
-            fits = [fit for key, fit in self.fits.items() if said & {*key.split(", ")}]
-            found += [any(self.names[i] in fit for i in top) for fit in fits[:1]]
-        return {"hit": sum(found) / len(found) if found else None, "hit_N": len(found)}
+            for key in [key for key in self.fits if said & {*key.split(", ")}][:1]:
+                hit = any(self.names[i] in self.fits[key] for i in top)
+                found.setdefault(key, []).append(hit)
+        every = sum(found.values(), [])
+        return {"hit": share(every), "hit_N": len(every),
+                "hits": {key: share(hits) for key, hits in found.items()}}
 
 
 # ---- folders -------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def test_a_clip_has_the_mean_of_windows_and_hits_are_in_the_top_three(ear, tmp_p
     assert logits.sigmoid().numpy()[0] == pytest.approx(expected[0].mean(0) / 2)
     logits = torch.tensor([[3., 2, 1, 0, -1], [0, 1, 3, 2, 4], [5, 4, 1, 2, 3], [9, 9, 9, 0, 0]])
     said = ["Rain, then a hound.", "a dog, RAIN", "RAIN: wind", "it rains"]     # 2: is of dogs
-    assert Ear(ear, tmp_path / "words").hits(logits, said) == {"hit": 2 / 3, "hit_N": 3}
+    assert Ear(ear, tmp_path / "words").hits(logits, said) == {
+        "hit": 2 / 3, "hit_N": 3, "hits": {"dog, hound": 0.5, "rain": 1}}
     (tmp_path / "manifest.json").write_text('[{"file": "x.wav", "prompt": "dog", "seed":0, "k":0}]')
     go = lambda: evaluate.main(f"score --generated {tmp_path} --reference {tmp_path} --ear {ear} "
                                f"--words {tmp_path}/words --out {tmp_path}".split())

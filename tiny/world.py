@@ -242,7 +242,10 @@ class World:
 
     number, train: how many clips and captions to train on. held: how many held-out captions have a
     single event, a pair of training's, an unseen one. single: share of single events among clips.
+    without: events that the UNet is not trained on.
     """
+
+    without = ()
 
     def __init__(self, events, unseen, home, number, held, single, train):
         self.events, self.unseen, self.number, self.held = events, unseen, number, held
