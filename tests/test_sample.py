@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, started
+from conftest import ROOT, refused
 from PIL import Image
 from runs import call
 
@@ -114,18 +114,6 @@ def test_a_picture_has_low_frequencies_below(tmp_path):
     mel[0] = LOG_MAX                                        # the lowest bin
     image = np.asarray(sample.picture(mel)).astype(int).sum(-1)
     assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-4] < 10).all()
-
-
-def test_two_processes_may_write_to_one_folder(student, tmp_path):
-    flags = ("--student", student, "--batch_size", 1, "--out", tmp_path, "--prompt")
-    with started(tmp_path / "dog_seed0_0.wav", "sample.py", *flags, "dog", "--n", 60, "--device",
-                 "cpu", cwd=tmp_path) as process:
-        go(*flags, "cat", "--n", 12)
-        said = process.communicate(timeout=600)[0]
-        assert process.returncode == 0, said
-    files = sorted(p.name for p in tmp_path.glob("*.wav"))
-    listed = sorted(row["file"] for row in read_manifest(tmp_path))
-    assert len(files) == 72 and listed == files and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_row_waits_for_another_process_and_stands_behind_its_own(tmp_path):
