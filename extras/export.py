@@ -1,139 +1,136 @@
-"""Write a student as ONNX files, which run without PyTorch (docs/USE.md: a clip in 25 lines).
+"""Write a student as ONNX files, which run without PyTorch; --page adds a page that runs them.
 
     pip install onnx onnxscript onnxruntime && python -m extras.export --student out/student
+    npm install onnxruntime-web@1.30.0 && python -m extras.export --out page --page node_modules
 
-text.onnx, step.onnx (noise and text to x0; timestep and schedule are inside), decoder.onnx (x0 to
-log-mels) and vocoder.onnx for any batch and, where columns of noise come in multiples of the
-manifest's "unit", any length; tokenizer.json; manifest.json. ONNX Runtime makes a clip with them,
-which is compared with PyTorch's, before the folder gets its name.
+Each part must make what it makes in PyTorch, also at a length that the exporter did not see.
 """
-import importlib.metadata
-import importlib.util
+import gzip
 import json
 import logging
 import tempfile
-import warnings
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from data import InputError, Parser, cli, replace_text, require, sampling_noise
+from data import InputError, Parser, cli, read_captions, replace_text, require, sampling_noise
 from extras.audio import log_mel
 from extras.metrics import sha256
 from losses import one_step
-from model import HOP, RATE, cause, load_student
+from model import HOP, RATE, cause, load_student, read_settings
 
-MAKES = {"text": "text", "step": "x0", "decoder": "mel", "vocoder": "wav"}
-LIMIT = {torch.float32: 0.01, torch.float16: 0.05}      # mean difference; log-mels in nepers
 MADE_WITH = "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"
+WEB, WEB_FILES = "1.30.0", ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+WEB_HASH = "5fb3678b60512196cd3de6b2b7d699b1c00c820de19900efa52be7a432fd315b"   # of both
 
 
-class Part(nn.Module):
-    """A part of a system, in `dtype` inside, its norms in fp32, and in fp32 at its ends."""
-
-    def __init__(self, network, dtype, run):
-        super().__init__()
-        self.network, self.dtype, self.run = network.to(dtype), dtype, run
-        for norm in network.modules() if dtype == torch.float16 else ():    # squares pass 65,504
-            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
-                norm.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))
-                norm.register_forward_hook(lambda _, x, y: y.half())
-
-    def forward(self, *given):
-        return self.run(*(x.to(self.dtype) if x.is_floating_point() else x for x in given)).float()
+def part(network, run, dtype):
+    """A network's function as a module: in `dtype` inside, its norms and its ends in fp32."""
+    for norm in network.to(dtype).modules():            # whose squares pass fp16's 65,504
+        if isinstance(norm, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            norm.forward = lambda x, run=norm.float().forward: run(x.float()).to(dtype)
+    module, cast = torch.nn.Module(), lambda x: x.to(dtype) if x.is_floating_point() else x
+    module.network, module.forward = network, lambda *given: run(*map(cast, given)).float()
+    return module.eval()
 
 
-def parts(system, dtype):
-    """{name: (Part, {input: an example, of two clips})} of a System on the CPU."""
-    text, unet, decoder = system.encode_text, system.unet, system.decoder
-    alpha, sigma = (x.to(dtype) for x in system.schedule)
-    tokens, z_T = text.tokenize(["a", "b"], return_tensors="pt"), torch.zeros(2, *system.shape)
-    mask = {"mask": tokens.attention_mask.float()} if text.adapter else {}
-
-    def encode(ids, *mask):
-        hidden = text.clip(ids).last_hidden_state
-        return text.adapter(hidden * mask[0][..., None]) if mask else hidden
-
-    def step(z_T, text):
-        return one_step(lambda *x: unet(*x).sample, z_T, text, alpha, sigma, system.t)
-
-    def vocode(mel, *noise):
-        return decoder.vocoder(mel.transpose(1, 2), *noise).reshape(mel.shape[0], -1)
-
-    found = {"text": (Part(text, dtype, encode), {"ids": tokens.input_ids, **mask}),
-             "step": (Part(unet, dtype, step), {
-                 "z_T": z_T, "text": torch.zeros(2, text.tokens, text.dim)}),
-             "decoder": (Part(decoder.vae, dtype, decoder.decode), {"x0": z_T})}
-    if type(decoder.vocoder).__name__ == "GriffinLim":
-        print("vocoder: Griffin-Lim is no network; invert the log-mels with another one")
-        return found
-    given = {"mel": torch.zeros(2, *(8 * n for n in system.shape[1:]))}
-    if getattr(decoder.vocoder, "noisy", False):
-        given["noise"] = decoder.vocoder.draw(given["mel"].shape[2])
-    return found | {"vocoder": (Part(decoder.vocoder, dtype, vocode), given)}
+def parts(system):
+    """{name: (network, function, names of what it takes, of what it makes)} of a System."""
+    text, unet, vocoder = system.encode_text, system.unet, system.decoder.vocoder
+    hidden = lambda ids: text.clip(ids).last_hidden_state
+    encode = lambda ids, *m: text.adapter(hidden(ids) * m[0][..., None]) if m else hidden(ids)
+    step = lambda z_T, text: one_step(lambda *x: unet(*x).sample, z_T, text, *(
+        x.to(z_T.dtype) for x in system.schedule), system.t)
+    vocode, noise = lambda mel, *n: vocoder(mel.mT, *n), getattr(vocoder, "noisy", False)
+    return {"text": (text, encode, ["ids", "mask"][:1 + bool(text.adapter)], "text"),
+            "step": (unet, step, ["z_T", "text"], "x0"),
+            "decoder": (system.decoder.vae, system.decoder.decode, ["x0"], "mel"),
+            "vocoder": (vocoder, vocode, ["mel", "noise"][:1 + noise], "wav")}
 
 
-def export(system, folder, dtype):
-    """Write a system's parts, and compare a clip of another length: what manifest.json says."""
+def export(system, folder, half, small):
+    """Write the parts, compare a clip of another length: {name: what the manifest says}."""
     import onnxruntime
+    about, most = {}, 0.05 if half or small else 0.01                   # mean error, in nepers
     unit = 2 ** (len(system.unet.config.block_out_channels) - 1)        # the UNet halves so often
-    z_T = sampling_noise([0], 0, (*system.shape[:2], system.shape[2] + unit))
-    tokens = system.encode_text.tokenize(["a dog barks"], return_tensors="pt")
-    x0 = system.latents(z_T, text := system.encode_text(["a dog barks"]))
-    mel = system.decoder.decode(x0)
-    expected = {"text": text, "step": x0, "decoder": mel,
-                "vocoder": log_mel(system.decoder.vocode(mel), mel.shape[1])}
-    known = {"ids": tokens.input_ids, "mask": tokens.attention_mask.float(), "z_T": z_T}
-    about = {"unit": unit, "latents": list(system.shape), "rate": RATE, "hop": HOP, "parts": {}}
     batch, length = (torch.export.Dim(name, min=1, max=2 ** 12) for name in ("batch", "length"))
     axes = {"z_T": {0: batch, 3: unit * length}, "x0": {0: batch, 3: length},
             "mel": {0: batch, 2: length}, "noise": {1: length}}
-    for name, (part, given) in parts(system, dtype).items():
-        path = folder / f"{name}.onnx"
+    tokens = system.encode_text.tokenize(["a dog barks"] * 2, return_tensors="pt")
+    given, known = ({"ids": tokens.input_ids[:n], "mask": tokens.attention_mask[:n].float(),
+                     "z_T": sampling_noise(range(n), 0, (*system.shape[:2], width)),
+                     "noise": getattr(system.decoder.vocoder, "draw", int)(8 * width)}
+                    for n, width in ((2, system.shape[2]), (1, system.shape[2] + unit)))
+    for name, (network, run, takes, makes) in parts(system).items():
+        if not [*network.parameters()]:
+            print(f"{name}: Griffin-Lim is no network; invert the log-mels with another one")
+            continue
+        for values in (given, known):
+            values[makes] = run(*(values[key] for key in takes))
+        for w in network.parameters() if small else ():
+            w.data = w.half().float()                   # such files compress to half their size
         try:                                            # the exporter has many errors of its own
-            torch.onnx.export(part.eval(), tuple(given.values()), path, input_names=[*given],
-                              dynamic_shapes=(tuple(axes.get(k, {0: batch}) for k in given),),
-                              dynamo=True, verbose=False)
+            program = torch.onnx.export(
+                part(network, run, torch.float16 if half else torch.float32), dynamo=True,
+                args=tuple(given[key] for key in takes), input_names=takes, output_names=[makes],
+                dynamic_shapes=(tuple(axes.get(x, {0: batch}) for x in takes),), verbose=False)
         except Exception as e:
             raise InputError(f"{name}: cannot be exported ({cause(e)})")
-        if "noise" in given:
-            known["noise"] = system.decoder.vocoder.draw(mel.shape[2])
+        for node in program.model.graph:                # its traces name this machine's folders
+            node.metadata_props.clear()
+        program.save(path := folder / f"{name}.onnx", external_data=not small)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        made = torch.from_numpy(session.run(None, {key: known[key].numpy() for key in given})[0])
-        made = log_mel(made, mel.shape[1]) if name == "vocoder" else made
-        error = (made - expected[name]).abs().mean().item()
-        require(error < LIMIT[dtype], f"{name}: {error:.3g} off PyTorch's; try it without --half")
-        known[MAKES[name]] = made
-        files = sorted(folder.glob(f"{name}.onnx*"))
-        size = sum(file.stat().st_size for file in files) / 1e6
-        print(f"{name}: {size:.1f} MB, {error:.2g} off PyTorch's")
-        about["parts"][name] = {"inputs": {key: list(x.shape) for key, x in given.items()},
-                                "sha256": sha256(*files)}
+        made, = session.run(None, {key: known[key].numpy() for key in takes})
+        see = lambda x: log_mel(x, 8 * system.shape[1]) if makes == "wav" else x
+        error = (see(torch.from_numpy(made)) - see(known[makes])).abs().mean().item()
+        require(error < most, f"{name}: {error:.3g} off PyTorch's; try it without --half")
+        print(f"{name}: {error:.2g} off PyTorch's")
+        about[name] = {"opset": program.model.opset_imports[""], "shapes": {
+            x.name: x.shape for x in session.get_inputs() + session.get_outputs()}}
     return about
+
+
+def page(system, packages):
+    """Files of a page besides the parts, what its manifest says; InputError where none can be."""
+    whole = system.encode_text.tokenizer.bos_token == "<bos>"           # as of tiny.make
+    require(whole, f"--page: the tokenizer of {system.folder} is not one of whole words")
+    require([*system.decoder.vocoder.parameters()], "--page: Griffin-Lim is no network")
+    files = [packages / "onnxruntime-web/dist" / name for name in WEB_FILES]
+    fine = all(file.is_file() for file in files) and sha256(*files) == WEB_HASH
+    require(fine, f"{packages}: lacks version {WEB}; run npm install onnxruntime-web@{WEB}")
+    captions = system.folder / read_settings(system.folder).get("train", {}).get("captions", "")
+    about = {"onnxruntime-web": WEB, "examples": read_captions(captions, limit=6)[0]}
+    return [*Path(__file__).with_name("page").iterdir(), *files], about
 
 
 @torch.no_grad()
 def main(argv=None):
-    p = Parser(__doc__)
-    add = p.add_argument
+    add = (p := Parser(__doc__)).add_argument
     add("--student", default="out/student", help="folder or hub name of it")
     add("--teacher", help="if not its own")
     add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
     add("--out", type=Path, default=Path("onnx"), help="folder to make")
     add("--half", action="store_true", help="fp16, with norms in fp32")
+    add("--page", type=Path, metavar="NODE_MODULES", help="add a page; npm's folder of packages")
     args = p.parse_args(argv)
     for name in MADE_WITH[3:]:
-        require(importlib.util.find_spec(name), f"{name} is needed: pip install {name}")
+        require(util.find_spec(name), f"{name} is needed: pip install {name}")
     require(not args.out.exists(), f"{args.out} exists; pass another --out")
-    warnings.simplefilter("ignore")                     # of the exporter, to its own authors
+    logging.captureWarnings(True)                       # of the exporter, to its own authors
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     system = load_student(args.student, args.teacher, None, args.decoder, "fp32", "cpu")
-    with tempfile.TemporaryDirectory(dir=args.out.resolve().parent) as folder:
-        (folder := Path(folder, "onnx")).mkdir()
-        about = export(system, folder, torch.float16 if args.half else torch.float32)
-        about["made with"] = {name: importlib.metadata.version(name) for name in MADE_WITH}
+    files, about = page(system, args.page) if args.page else ([], {})
+    about |= {"latents": system.shape, "rate": RATE, "hop": HOP,
+              "made with": {name: metadata.version(name) for name in MADE_WITH}}
+    with tempfile.TemporaryDirectory(dir=args.out.resolve().parent) as beside:
+        (folder := Path(beside, "onnx")).mkdir()
+        about["parts"] = export(system, Path(beside) if files else folder, args.half, files)
         system.encode_text.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        for file in [*files, *Path(beside).glob("*.onnx")]:
+            end, pack = (".gz", gzip.compress) if file.suffix in (".onnx", ".wasm") else ("", bytes)
+            (folder / (file.name + end)).write_bytes(pack(file.read_bytes()))
+        about["files"] = {f.name: [f.stat().st_size, sha256(f)] for f in sorted(folder.iterdir())}
         replace_text(folder / "manifest.json", json.dumps(about, indent=2) + "\n")
         folder.rename(args.out)
     print(f"{args.out}: {', '.join(sorted(file.name for file in args.out.iterdir()))}")

@@ -27,9 +27,14 @@ def test_a_clip_without_pytorch(layout, flags, most, request, tmp_path, monkeypa
     export.main(["--student", str(student), *flags])
     about = json.loads((tmp_path / "onnx/manifest.json").read_text())
     assert about["latents"] == [4, 8, 8] and about["made with"]["onnx"]
-    for name, part in about["parts"].items():
-        assert part["sha256"] == sha256(*sorted((tmp_path / "onnx").glob(f"{name}.onnx*")))
-    assert ("mask" in about["parts"]["text"]["inputs"]) == (layout == "adapter")
+    for name, (size, digest) in about["files"].items():
+        path = tmp_path / "onnx" / name
+        assert (path.stat().st_size, sha256(path)) == (size, digest)
+        assert b".py" not in path.read_bytes()              # no trace of this machine's folders
+    for part, (key, shape) in dict(step=("z_T", ["batch", 4, 8, "2*length"]),
+                                   vocoder=("wav", ["batch", "160*length"])).items():
+        assert about["parts"][part]["shapes"][key] == shape and about["parts"][part]["opset"] > 17
+    assert ("mask" in about["parts"]["text"]["shapes"]) == (layout == "adapter")
 
     subprocess.run([sys.executable, "-c", NO_TORCH + ONNX], check=True)
     wav, rate = soundfile.read("clip.wav", dtype="float32")
@@ -42,6 +47,6 @@ def test_a_clip_without_pytorch(layout, flags, most, request, tmp_path, monkeypa
 
 
 def test_a_package_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(export.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="onnx is needed: pip install onnx"):
         export.main(["--student", "s", "--out", str(tmp_path / "o")])
