@@ -66,7 +66,7 @@ def parts(system, dtype):
                  "z_T": z_T, "text": torch.zeros(2, text.tokens, text.dim)}),
              "decoder": (Part(decoder.vae, dtype, decoder.decode), {"x0": z_T})}
     if type(decoder.vocoder).__name__ == "GriffinLim":
-        print("vocoder: Griffin-Lim is no network; invert the log-mels with another one")
+        print("vocoder: Griffin-Lim is no network; recipes.vocoder makes one for --decoder fast")
         return found
     given = {"mel": torch.zeros(2, *(8 * n for n in system.shape[1:]))}
     if getattr(decoder.vocoder, "noisy", False):
@@ -119,7 +119,7 @@ def main(argv=None):
     add = p.add_argument
     add("--student", default="out/student", help="folder or hub name of it")
     add("--teacher", help="if not its own")
-    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
+    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes' small parts")
     add("--out", type=Path, default=Path("onnx"), help="folder to make")
     add("--half", action="store_true", help="fp16, with norms in fp32")
     args = p.parse_args(argv)
