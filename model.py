@@ -40,7 +40,8 @@ SETTINGS = ["swiftaudio.json"]
 TO_TRAIN = [*SETTINGS, "unet/*", "text_encoder*", "tokenizer/*", "condition_*", "scheduler/*",
             "vae/config.json", "vocoder/config.json"]
 TO_HEAR = [*TO_TRAIN, "vae/*", "vocoder/*"]
-STUDENT = [*SETTINGS, "config.json", "diffusion_pytorch_model.*", "decoder/*", "unet/*"]
+STUDENT = [*SETTINGS, "config.json", "diffusion_pytorch_model.*", "decoder/*", "vocoder/*",
+           "unet/*"]
 
 
 def find(name, files, skip=()):
@@ -88,6 +89,13 @@ def open_student(name):
     for values, key in ((about, "teacher"), (about.get("flags", {}), "captions")):
         values[key] = paths.get(values.get(key), values.get(key))
     return folder, "", about
+
+
+def small_parts(folder):
+    """The small parts of recipes/ in a student's folder: {"decoder": path, "vocoder": path}."""
+    # a complete model's vocoder is its teacher's
+    kinds = ["decoder", "vocoder"][:1 if (folder / "unet").is_dir() else 2]
+    return {k: str(folder / k) for k in kinds if (folder / k / "config.json").exists()}
 
 
 def has_bf16(device):
@@ -270,15 +278,16 @@ def load_adapter(path):
 # ---- from latents to sound -----------------------------------------------------------------------
 
 class Decoder(nn.Module):
-    """Latents -> log-mel -> waveform: a VAE, or the small decoder of a folder, and a vocoder."""
+    """Latents -> log-mel -> waveform: VAE and vocoder, or the small_parts() in their place."""
 
-    def __init__(self, folder, dtype=torch.float32, small=None):
+    def __init__(self, folder, dtype=torch.float32, small={}):
         super().__init__()
-        self.vae = (load_part(small, "", pretrained(AutoencoderTiny)) if small
-                    else load_part(folder, "vae", pretrained(AutoencoderKL)))
+        self.vae = (load_part(small["decoder"], "", pretrained(AutoencoderTiny))
+                    if "decoder" in small else load_part(folder, "vae", pretrained(AutoencoderKL)))
         self.vae.to(dtype, memory_format=torch.channels_last)
         # bf16 would leave HiFi-GAN's noise 35 to 46 dB below the signal; fp16 has 3 more bits
-        self.vocoder = load_part(folder, "vocoder", load_vocoder)
+        home = Path(small["vocoder"]).parent if "vocoder" in small else folder
+        self.vocoder = load_part(home, "vocoder", load_vocoder)
         self.vocoder.to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_(False)
 
     def decode(self, x0):
@@ -397,7 +406,7 @@ class System:
     """
 
     def __init__(self, folder, unet, about, seconds=None, precision="auto", device=None, t=None,
-                 small=None):
+                 small={}):
         self.device = device = pick_device(device, exact=precision == "fp32")
         dtype = {"auto": sampling_dtype(device), "fp32": torch.float32}[precision]
         self.folder, self.about = folder, {**about, "dtype": str(dtype)}
@@ -440,13 +449,13 @@ def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", 
                  device=None):
     """Load a one-step student: a folder of train.py, or a complete model (folder or hub name).
 
-    teacher: if not its own. decoder "fast": the one of recipes/decoder.py. precision: or "fp32".
+    teacher: if not its own. decoder "fast": with its small_parts(). precision: or "fp32".
     """
     folder, part, made = open_student(name)
-    small = {"vae": None, "fast": folder / "decoder"}[decoder]
-    require(not small or small.is_dir(), f"{small}: not there; make it: python -m recipes.decoder "
-            f"--student {name}")
+    small = {"vae": {}, "fast": small_parts(folder)}[decoder]
+    require(small or decoder == "vae", f"{folder}: has no small decoder or vocoder; make one: "
+            f"python -m recipes.decoder, or recipes.vocoder, --student {name}")
     home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"])
     about = {"student": str(Path(name)), "folder": str(folder / part), "steps": 1}
-    return System(home, load_unet(folder, part), about | ({"decoder": str(small)} if small else {}),
-                  seconds or made.get("seconds"), precision, device, made.get("timestep"), small)
+    return System(home, load_unet(folder, part), about | small, seconds or made.get("seconds"),
+                  precision, device, made.get("timestep"), small)

@@ -24,7 +24,7 @@ def add_system(add):
     add("--teacher", help="hub name, folder or tiny; default: the student's own")
     add("--seed", type=number(int), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), default=8, help="clips at a time")
-    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
+    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes' small parts")
     add("--precision", choices=("auto", "fp32"), default="auto", help="auto: half where it is fast")
     add("--device", help="cuda, mps or cpu; default: the first there is")
 

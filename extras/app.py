@@ -16,7 +16,7 @@ import sample
 from data import InputError, Parser, cli, number, read_captions, require
 from extras.control import invert_recording, make_weighted, parse_weights
 from extras.teacher import add_teacher, open_system
-from model import RATE, latent_shape, open_student, read_settings
+from model import RATE, latent_shape, open_student, read_settings, small_parts
 
 GENERAL = ["a dog barks twice", "rain falls softly", "a siren wails", "a bird chirps slowly"]
 CLIP = '<audio controls src="gradio_api/file={0}.wav"></audio><img src="gradio_api/file={0}.png">'
@@ -84,7 +84,7 @@ def build(args, own):
     """Lay out the page, gradio's Blocks."""
     import gradio as gr
     system = system_of(*own, f"--decoder={args.decoder}")
-    fast = not args.teacher_steps and (open_student(args.student)[0] / "decoder").exists()
+    fast = not args.teacher_steps and bool(small_parts(open_student(args.student)[0]))
     tokenizer, known = system.encode_text.tokenizer, "It reads any English word, through CLIP."
     if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):    # else it has every word
         words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))

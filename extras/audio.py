@@ -36,6 +36,19 @@ def log_mel(wav, n_mels=256):
     return (mel_filters(n_mels, wav.device).T @ magnitude).clamp(min=1e-5).log()
 
 
+def spectra(wav):
+    """Magnitudes of waveforms (B, N) at five resolutions, their logarithms and square roots."""
+    found = [torch.stft(wav, n, n // 4, n, torch.hann_window(n, device=wav.device),
+                        return_complex=True) for n in (2048, 1024, 512, 256, 128)]
+    powers = [one.real ** 2 + one.imag ** 2 + 1e-4 for one in found]
+    return [one for power in powers for one in (power.log() / 2, power ** 0.25)]
+
+
+def distance(x, y):
+    """Between spectra(): a norm of whole frames, as each bin alone does not show common beats."""
+    return sum(((a - b).square().mean(1) + 1e-8).sqrt().mean() for a, b in zip(x, y)) / len(x)
+
+
 def peak_normalize(wav):
     """Scale each of waveforms (B, N) to a peak of 0.95; silence stays silence."""
     return 0.95 * wav / wav.abs().amax(-1, keepdim=True).clamp(min=1e-8)

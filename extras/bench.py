@@ -6,8 +6,8 @@
 
 The paper's setting is train.py's defaults, at both sizes: the tiny teacher's own has fewer passes
 and more adapters. The full-size model has random weights, on which speed does not depend. "Of peak"
-is the arithmetic of plain fp32 over the time, as a share of what a large matrix product reaches, in
-bf16 if it can.
+is the arithmetic of plain fp32 (of the rows "fast", with a small decoder and vocoder, their own)
+over the time, as a share of what a large matrix product reaches, in bf16 if it can.
 """
 import functools
 import gc
@@ -27,8 +27,10 @@ from data import Parser, cli, number, require
 from extras.fast import fold_upsampling
 from extras.random_teacher import FULL, write_teacher
 from model import TINY, System, load_unet
+from recipes.decoder import new_decoder
+from recipes.vocoder import new_vocoder
 
-PLAIN, OURS = "plain fp32", "ours"
+PLAIN, OURS, FAST = "plain fp32", "ours", "fast"        # fast: with both small parts
 WHOLE, STEP = "text to waveform", "optimizer step"
 train.add_run((paper := Parser("the paper's setting")).add_argument)
 PAPER = paper.parse_args([])
@@ -61,7 +63,13 @@ def sampler(kind, folder, device, batch, args):
     precision = "fp32" if kind == PLAIN else "auto"
     system = System(folder, load_unet(folder), {}, None, precision, device)
     decoder = system.decoder
-    if kind == OURS:
+    if kind == FAST:
+        own = model.read_settings(folder)
+        decoder.vae = new_decoder(own).to(device, decoder.vae.dtype,
+                                          memory_format=torch.channels_last)
+        vocoder, _ = new_vocoder(8 * system.shape[1], own.get("vocoder", {}))
+        decoder.vocoder = vocoder.to(device, decoder.vocoder.dtype)
+    if kind != PLAIN:
         fold_upsampling(decoder.vae.decoder)
     for part in (system.unet, decoder.vae.decoder, decoder.vocoder):
         if kind == PLAIN:                   # as the libraries leave it
@@ -158,9 +166,12 @@ def main(argv=None):
         home = write_teacher(Path(folder) / "full", **FULL) if full else TINY
         what = trainer if training else sampler
         build = lambda kind, batch: what(kind, home, device, batch, args)
-        at_peak = {name: flops(f) / best for name, f in build(PLAIN, 1).items()}      # seconds
-        plain = bench(PLAIN, build, batch, args.runs, at_peak, {})
-        ours = bench(OURS, build, batch, args.runs, at_peak, plain)
+        at_peak = lambda kind: {k: flops(f) / best for k, f in build(kind, 1).items()}  # seconds
+        needed = at_peak(PLAIN)
+        plain = bench(PLAIN, build, batch, args.runs, needed, {})
+        ours = bench(OURS, build, batch, args.runs, needed, plain)
+        if not training:
+            bench(FAST, build, batch, args.runs, at_peak(FAST), plain)
     if STEP in ours:
         captions = PAPER.max_steps * PAPER.batch_size * PAPER.grad_accum
         print(f"a run, {captions:,} captions, takes {captions / batch * ours[STEP] / 3600:.1f} h")

@@ -188,8 +188,9 @@ def read_clips(path, reference):
 def files_of(system, args):
     """Everything on disk that makes a system's clips."""
     unet = system.folder / "unet" if args.teacher_steps else Path(system.about["folder"])
-    folders = unet, Path(system.about.get("decoder", unet))
-    tops = [p for folder in folders for pattern in STUDENT[:3] for p in folder.glob(pattern)]
+    folders = [unet, *(Path(system.about[k]) for k in ("decoder", "vocoder") if k in system.about)]
+    patterns = *STUDENT[:3], "model.safetensors"        # a small vocoder's
+    tops = [p for folder in folders for pattern in patterns for p in folder.glob(pattern)]
     tops += [p for pattern in TO_HEAR for p in system.folder.glob(pattern) if pattern != "unet/*"]
     return sorted({p for top in tops for p in (top, *top.rglob("*"))
                    if p.is_file() and not p.name.startswith(".")})      # such as .DS_Store

@@ -64,7 +64,7 @@ def export(system, folder, half, small):
                     for n, width in ((2, system.shape[2]), (1, system.shape[2] + unit)))
     for name, (network, run, takes, makes) in parts(system).items():
         if not [*network.parameters()]:
-            print(f"{name}: Griffin-Lim is no network; invert the log-mels with another one")
+            print(f"{name}: Griffin-Lim is no network; recipes.vocoder learns one")
             continue
         for values in (given, known):
             values[makes] = run(*(values[key] for key in takes))
@@ -95,7 +95,8 @@ def page(system, packages):
     """Files of a page besides the parts, what its manifest says; InputError where none can be."""
     whole = system.encode_text.tokenizer.bos_token == "<bos>"           # as of tiny.make
     require(whole, f"--page: the tokenizer of {system.folder} is not one of whole words")
-    require([*system.decoder.vocoder.parameters()], "--page: Griffin-Lim is no network")
+    require([*system.decoder.vocoder.parameters()], "--page: Griffin-Lim is no "
+            "network; recipes.vocoder learns one, for --decoder fast")
     files = [packages / "onnxruntime-web/dist" / name for name in WEB_FILES]
     fine = all(file.is_file() for file in files) and sha256(*files) == WEB_HASH
     require(fine, f"{packages}: lacks version {WEB}; run npm install onnxruntime-web@{WEB}")
@@ -109,7 +110,7 @@ def main(argv=None):
     add = (p := Parser(__doc__)).add_argument
     add("--student", default="out/student", help="folder or hub name of it")
     add("--teacher", help="if not its own")
-    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: recipes.decoder's")
+    add("--decoder", choices=("vae", "fast"), default="vae", help="fast: the small parts")
     add("--out", type=Path, default=Path("onnx"), help="folder to make")
     add("--half", action="store_true", help="fp16, with norms in fp32")
     add("--page", type=Path, metavar="NODE_MODULES", help="add a page; npm's folder of packages")

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from data import Parser, cli, read_json, replace_text, require
+from model import small_parts
 from train import public
 
 CARD = """---
@@ -34,13 +35,13 @@ def write_card(folder, metrics=None):
         metrics = card.rpartition("- Metrics: ")[2].strip()
     name = public(about["teacher"]).removeprefix("./")
     command = shlex.join(map(public, shlex.split(about.get("command", "python train.py"))))
-    small = Path(folder, "decoder/config.json").exists()
+    small = " and ".join(small_parts(Path(folder)))
     licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
     replace_text(path, CARD.format(
         licence="mit" if name == "tiny" else licence, teacher=name, step=about["step"],
         base=f"base_model: {name}\n" if "/" in name else "",
         command=command,
-        decoder="- Small decoder: `--decoder fast`\n" if small else "",
+        decoder=f"- Small {small}: `--decoder fast`\n" if small else "",
         metrics=metrics or "not measured; see extras/eval.py"))
     return path
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 import data
@@ -18,17 +18,15 @@ import model
 import train
 from data import InputError, Parser, caption_at, cli, number, require
 from extras.metrics import blocks
-from losses import one_step
 
 
-def parse_args(argv=None):
-    p, count = Parser(__doc__, prog="python -m recipes.decoder"), number(int, 1)
+def parse_args(argv=None, doc=__doc__, part="decoder", **defaults):
+    p, count = Parser(doc, prog=f"python -m recipes.{part}"), number(int, 1)
     add = p.add_argument
-    add("--student", default="out/student", help="folder of train.py; decoder/ is written to it")
+    add("--student", default="out/student", help=f"folder of train.py; {part}/ is written to it")
     add("--teacher", help="folder or hub name, if not the student's own")
     add("--captions", help="csv, tsv, txt, json or jsonl file; default: the teacher's")
     add("--caption_column", help="their column or key, if its name is unusual")
-    add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
     add("--clips", type=count, default=3072, help="training clips, made at the start")
     # in equal time, 4 clips a step beat 16 (docs/LOG.md, 2026-11-21)
     add("--max_steps", type=count, default=24000, help="optimizer steps")
@@ -37,12 +35,77 @@ def parse_args(argv=None):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--device", help="cuda, mps or cpu; default: the first there is")
-    p.set_defaults(warmup=50, decay=True, grad_accum=1, keep_every=0, log_every=10)
+    if part == "decoder":
+        add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
+    p.set_defaults(warmup=50, decay=True, grad_accum=1, keep_every=0, log_every=10, **defaults)
     args = p.parse_args(argv)
     args.defaults = {name: p.get_default(name) for name in vars(args)}
     require(args.clips >= args.batch_size,
             f"--clips {args.clips}: fewer than a batch, --batch_size {args.batch_size}")
     return args
+
+
+def start(args, kind):
+    """Load a student's System into a run of a kind like DecoderRun, whose `part` is its folder."""
+    require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
+            f"{args.student}: must be a folder here, as {kind.part}/ is written to it")
+    run = kind(args, model.open_student(args.student)[0] / kind.part)
+    require(run.ranks == 1, f"recipes.{kind.part}: runs in one process; start it without torchrun")
+    system = model.load_student(args.student, args.teacher, None, "vae", "fp32", args.device)
+    torch.backends.cudnn.allow_tf32 = True              # PyTorch's own default, to train fast
+    run.system, run.device, run.shape = system, system.device, system.shape
+    own = model.read_settings(system.folder).get("train", {}).get("captions")
+    require(args.captions or own, f"--captions FILE is needed: {system.folder} brings none")
+    path = args.captions or system.folder / own
+    run.captions, n = data.read_captions(path, args.caption_column)
+    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
+    run.identity |= {"recipe": kind.part, "student's weights": train.fingerprint(system.unet),
+                     "text encoder's weights": train.fingerprint(system.encode_text),
+                     "captions' text": train.digest("\n".join(run.captions).encode()),
+                     "captions a step": args.batch_size}
+    return run
+
+
+@torch.no_grad()
+def make_pairs(run, pair):
+    """Make --clips latents and, of each, pair(its System's decoder, x0): a tensor of each, fp16."""
+    args, system, pairs = run.args, run.system, []
+    for first in tqdm(range(0, args.clips, args.batch_size), "the student's clips"):
+        numbers = range(first, min(first + args.batch_size, args.clips))
+        z_T = data.draw_batch(numbers, args.seed, run.shape, 0, 1, len(system.schedule[0]) - 1)[0]
+        text = system.encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
+        x0 = system.latents(z_T.to(run.device), text).half().float()
+        # one clip at a time, as each takes gigabytes at full size
+        pairs += [[x.half().cpu() for x in pair(system.decoder, z[None])] for z in x0]
+    return [torch.cat(column) for column in zip(*pairs)]
+
+
+def learn(run, weights, pair, loss):
+    """Train weights by loss(*pair) of make_pairs(), or go on: main()'s exit code."""
+    args, part = run.args, run.part
+    opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
+    run.resume({part: weights}, {part: opt}, "config.json")
+    pairs = make_pairs(run, pair) if run.first_step < args.max_steps else []
+    del run.system                              # at full size 4 GB
+
+    for step in run.steps(part, "loss"):
+        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
+        rows = [caption_at(range(args.clips), args.seed, n) for n in run.numbers(step, 0)]
+        found = loss(*(x[rows].to(run.device).float() for x in pairs))
+        opt.zero_grad()
+        found.backward()
+        run.log(loss=found, grad=torch.nn.utils.clip_grad_norm_(weights, float("inf")))
+        opt.step()
+    return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
+
+
+class DecoderRun(train.Run):
+    """train.py's run: the same checkpoint, log, signals and lock, but another result."""
+    part = "decoder"
+
+    def save_result(self, step):
+        weights = {name: w.contiguous() for name, w in self.network.state_dict().items()}
+        train.save_network(self.out, self.network, weights)
 
 
 def new_decoder(settings):
@@ -53,6 +116,18 @@ def new_decoder(settings):
         return AutoencoderTiny(**unused, **own)
     except (TypeError, ValueError) as e:
         raise InputError(f"swiftaudio.json of the teacher: its decoder {own} is none ({e})")
+
+
+def first_decoder(args, home, vae):
+    """Load --init, or make a decoder of the teacher's settings; InputError if it is no VAE's."""
+    torch.manual_seed(args.seed)
+    network = new_decoder(model.read_settings(home)) if not args.init else model.load_part(
+        model.find(args.init, model.STUDENT), "", model.pretrained(AutoencoderTiny))
+    theirs = len(vae.config.block_out_channels), vae.config.latent_channels
+    ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
+    require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
+            f"{home}: levels and channels of latents are {ours}, not {theirs}")
+    return network.requires_grad_(False)
 
 
 def energy(image):
@@ -70,99 +145,23 @@ def decoder_loss(image, target, weight=0.1):
     return F.l1_loss(image, target.expand_as(image)) + weight * of_blocks
 
 
-class DecoderRun(train.Run):
-    """train.py's run: the same checkpoint, log, signals and lock, but another result."""
-
-    def save_result(self, step):
-        weights = {name: w.contiguous() for name, w in self.network.state_dict().items()}
-        train.save_network(self.out, self.network, weights)
-
-
-@torch.no_grad()
-def make_pairs(run, unet, vae, encode_text):
-    """Make latents (--clips, C, h, w) and the VAE's pictures (--clips, 1, mels, frames): fp16."""
-    args, eps, pairs = run.args, model.denoiser(unet), []
-    alpha, sigma = run.schedule
-    for first in tqdm(range(0, args.clips, args.batch_size), "the student's clips"):
-        numbers = range(first, min(first + args.batch_size, args.clips))
-        z_T = data.draw_batch(numbers, args.seed, run.shape, 0, 1, len(alpha) - 1)[0].to(run.device)
-        text = encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
-        x0 = one_step(eps, z_T, text, alpha, sigma, run.timestep).half()
-        # one clip at a time, as each takes gigabytes at full size; only one channel is heard
-        images = [vae.decode(z[None].float() / vae.config.scaling_factor).sample[:, :1] for z in x0]
-        pairs.append((x0.cpu(), torch.cat(images).half().cpu()))
-    return [torch.cat(column) for column in zip(*pairs)]
-
-
-def first_decoder(args, home, vae):
-    """Load --init, or make a decoder of the teacher's settings; InputError if it is no VAE's."""
-    torch.manual_seed(args.seed)
-    if args.init:
-        network = model.load_part(model.find(args.init, model.STUDENT), "",
-                                  model.pretrained(AutoencoderTiny))
-    else:
-        network = new_decoder(model.read_settings(home))
-    theirs = len(vae.config.block_out_channels), vae.config.latent_channels
-    ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
-    require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
-            f"{home}: levels and channels of latents are {ours}, not {theirs}")
-    return network.requires_grad_(False)
-
-
-def start(args):
-    """Load the decoder to train, in a DecoderRun, and what its clips need: UNet, VAE, encoder."""
-    require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
-            f"{args.student}: must be a folder here, as decoder/ is written to it")
-    folder, part, about = model.open_student(args.student)
-    run = DecoderRun(args, folder / "decoder")
-    require(run.ranks == 1, "recipes.decoder: runs in one process; start it without torchrun")
-    run.device, run.timestep = model.pick_device(args.device), about.get("timestep")
-    home = model.find(args.teacher or about.get("teacher", args.student),
-                      [*model.TO_TRAIN, "vae/*"], skip=["unet/diffusion*"])
-    own = model.read_settings(home).get("train", {}).get("captions")
-    require(args.captions or own, f"--captions FILE is needed: {home} brings none")
-    path = args.captions or home / own
-    run.captions, n = data.read_captions(path, args.caption_column)
-    run.say(f"{path}: {len(run.captions)} captions used, of {n}")
-    run.shape = model.latent_shape(home, about.get("seconds"))
-    run.schedule = model.noise_schedule(model.load_scheduler(home), run.device)
-    unet = model.load_unet(folder, part).to(run.device)
-    encode_text = model.TextEncoder(home).to(run.device)
-    model.check_fit(home, unet, encode_text)
-    vae = model.load_part(home, "vae", model.pretrained(AutoencoderKL))
-    vae.to(run.device, memory_format=torch.channels_last)
-    run.network = first_decoder(args, home, vae)
-    run.network.to(run.device, memory_format=torch.channels_last)
-    run.identity |= {"recipe": "decoder", "student's weights": train.fingerprint(unet),
-                     "VAE's weights": train.fingerprint(vae),
-                     "text encoder's weights": train.fingerprint(encode_text),
-                     "first decoder's weights": train.fingerprint(run.network),
-                     "captions' text": train.digest("\n".join(run.captions).encode()),
-                     "captions a step": args.batch_size}
-    return run, unet, vae, encode_text
+def picture(decoder, x0):
+    """Latents and what the VAE makes of them (B, 1, mels, frames): one channel is heard."""
+    vae = decoder.vae
+    return x0, vae.decode(x0 / vae.config.scaling_factor).sample[:, :1]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    run, *parts = start(args)
+    run = start(args, DecoderRun)
+    vae = run.system.decoder.vae
+    run.network = first_decoder(args, run.system.folder, vae)
+    run.network.to(run.device, memory_format=torch.channels_last)
+    run.identity |= {"VAE's weights": train.fingerprint(vae),
+                     "first decoder's weights": train.fingerprint(run.network)}
     decoder, scale = run.network.decoder.requires_grad_(True), run.network.config.scaling_factor
-    weights = list(decoder.parameters())
-    opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
-    run.resume({"decoder": weights}, {"decoder": opt}, "config.json")
-    if run.first_step < args.max_steps:
-        x0, images = make_pairs(run, *parts)
-    del parts                                   # at full size 4 GB
-
-    for step in run.steps("decoder", "loss"):
-        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        rows = [caption_at(range(args.clips), args.seed, n) for n in run.numbers(step, 0)]
-        z, target = x0[rows].to(run.device).float(), images[rows].to(run.device).float()
-        loss = decoder_loss(decoder(z / scale), target)
-        opt.zero_grad()
-        loss.backward()
-        run.log(loss=loss, grad=torch.nn.utils.clip_grad_norm_(weights, float("inf")))
-        opt.step()
-    return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
+    return learn(run, list(decoder.parameters()), picture,
+                 lambda z, target: decoder_loss(decoder(z / scale), target))
 
 
 if __name__ == "__main__":

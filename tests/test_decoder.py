@@ -1,26 +1,33 @@
-"""The small decoder: distilled, resumed, read by plain diffusers, used in the VAE's place."""
+"""The small decoder and vocoder: distilled, resumed, used in the place of the teacher's."""
 import functools
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
-from conftest import write_checkpoint
+from conftest import VOCODER, write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from runs import call, read_checkpoint, refuses, same
+from runs import call, metrics, read_checkpoint, refuses, same
 from safetensors.torch import load_file, save_file
 
 import model
 import sample
 import train
 from data import InputError, caption_at, draw_batch, read_captions
+from extras import bench, eval, export
+from extras.audio import distance, spectra
+from extras.publish import write_card
+from extras.random_teacher import write_vocoder
 from losses import one_step
 from model import LOG_MAX, LOG_MIN, TINY, image_to_mel
-from recipes import decoder
+from recipes import decoder, vocoder
 from tiny import score
 
 SMALL = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1, 1, 1, 0],
@@ -31,9 +38,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def trained(captions, tmp_path_factory):
-    """A run of a teacher whose settings have a small decoder."""
+    """A run of a teacher whose settings have a small decoder and vocoder."""
     teacher = write_checkpoint(tmp_path_factory.mktemp("teacher"))
-    own = {"seconds": 0.64, "decoder": SMALL, "train": {"captions": str(captions)}}
+    own = {"seconds": 0.64, "decoder": SMALL, "train": {"captions": str(captions)},
+           "vocoder": {"width": 16, "hidden": 16, "blocks": 1}}
     (teacher / "swiftaudio.json").write_text(json.dumps(own))
     out = tmp_path_factory.mktemp("run")
     call(train.main, "--teacher", teacher, "--captions", captions, "--out_dir", out, *runs.SMALL,
@@ -195,3 +203,85 @@ def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
     save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, student / WEIGHTS)
     stops(says="student's weights")                         # of as many steps, but another
     assert (student / "decoder/checkpoint.pt").read_bytes() == before
+
+
+# ---- the small vocoder ---------------------------------------------------------------------------
+
+def distil_vocoder(student, *flags):
+    """The exit code, losses and weights of a run of recipes.vocoder."""
+    code = call(vocoder.main, "--student", student, "--clips", 4, "--batch_size", 1,
+                "--max_steps", 2, "--device", "cpu", *flags)
+    out = student / "vocoder"
+    return code, [line["loss"] for line in metrics(out)], load_file(out / "model.safetensors")
+
+
+def test_the_vocoder_learns_and_goes_on_bit_for_bit(student, monkeypatch):
+    flags, log, whole = ["--max_steps", 30, "--lr", 2e-2], train.Run.log, student.parent / "whole"
+    _, losses, weights = distil_vocoder(shutil.copytree(student, whole), *flags)
+    assert losses[-1] < 0.8 * losses[0]
+
+    def log_and_stop(run, **values):
+        if log(run, **values) is None and len(run.means["loss"]) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", log_and_stop)
+        assert distil_vocoder(student, *flags)[0] == 143
+    code, _, found = distil_vocoder(student, *flags)
+    assert code == 0
+    same(found, weights)
+
+
+def test_fast_has_the_small_parts_that_are_there(trained, student, captions, tmp_path):
+    """Also in eval's hash, on the card, and in what is exported."""
+    load = functools.partial(model.load_student, precision="fp32", device="cpu")
+    refuses(load, student, decoder="fast", says="no small decoder or vocoder; make one: python -m")
+    made, args = {"vae": load(student)}, SimpleNamespace(teacher_steps=None)
+    distil_vocoder(student)
+    made["vocoder"] = load(student, decoder="fast")
+    assert "- Small vocoder: `--decoder fast`" in write_card(student).read_text()
+    x0 = torch.randn(2, *made["vae"].shape)
+    mel = made["vae"].decoder.decode(x0)
+    assert torch.equal(made["vocoder"].decoder.decode(x0), mel)
+    wavs = [system.decoder.vocode(mel) for system in made.values()]
+    assert wavs[0].shape == wavs[1].shape and not torch.allclose(*wavs, atol=1e-2)
+    part, given = export.parts(made["vocoder"], torch.float32)["vocoder"]
+    assert [*given] == ["mel"]
+    assert torch.equal(part(mel), wavs[1])
+
+    distil(student)
+    made["both"] = load(student, decoder="fast")
+    assert "- Small decoder and vocoder: `--decoder fast`" in write_card(student).read_text()
+    assert type(made["both"].decoder.vae) is AutoencoderTiny
+    assert torch.equal(made["both"].decoder.vocode(mel), wavs[1])
+    new = {"vae": set(), "vocoder": {"vocoder/config.json", "vocoder/model.safetensors"}}
+    new["both"] = new["vocoder"] | {"decoder/config.json", f"decoder/{WEIGHTS}"}
+    files = {kind: {*eval.files_of(system, args)} for kind, system in made.items()}
+    assert {kind: {str(path.relative_to(student)) for path in files[kind] - files["vae"]}
+            for kind in new} == new
+    refuses(distil_vocoder, student, says="vocoder: holds a run with decoder's weights")
+
+    another = shutil.copytree(trained[0], tmp_path / "another")
+    write_vocoder(another / "vocoder", VOCODER | {"upsample_initial_channel": 16})
+    shutil.rmtree(student / "decoder")
+    refuses(distil_vocoder, student, "--teacher", another, says="holds a run with vocoder's files")
+    shutil.copytree(student, another, dirs_exist_ok=True)
+    (another / "swiftaudio.json").write_text("{}")
+    refuses(distil_vocoder, another, "--captions", captions, says="its vocoder/ is its own")
+
+
+@pytest.mark.parametrize("own, says", [({"n_fft": 500}, "n_fft is no multiple of 160"), (8, "8 is"),
+                                       ({"depth": 3}, "'depth'"), ({"noise": True}, "'noise'")])
+def test_settings_that_are_no_vocoder_s(own, says):
+    refuses(vocoder.new_vocoder, 64, own, says=f"swiftaudio.json .*its vocoder .*{says}")
+
+
+def test_the_vocoder_s_work_and_loss():
+    """A clip of 10.24 s has 1,024 frames; silence is off by all of a waveform's L1."""
+    net, config = vocoder.new_vocoder(256, {})
+    assert not config["noise"]
+    assert 16 * bench.flops(lambda _: net(torch.zeros(1, 64, 256))) == pytest.approx(0.0294, 0.01)
+    wav = torch.sin(torch.arange(4096) / 3)[None]
+    spectral = distance(spectra(0 * wav), spectra(wav))
+    assert vocoder.vocoder_loss(0 * wav, wav).item() == pytest.approx(0.1 + spectral.item(), 1e-3)
+    assert vocoder.vocoder_loss(wav, wav) < 1e-3 < spectral

@@ -188,7 +188,7 @@ def test_what_cannot_be_loaded_or_is_not_finite(student, plain, tmp_path, monkey
     for wrong in ({"decoder": "small"}, {"precision": "fp16"}):
         with pytest.raises(KeyError):
             load(student, device="cpu", **wrong)
-    refuses(load, student, decoder="fast", says="decoder: not there; .*recipes.decoder")
+    refuses(load, student, decoder="fast", says="no small decoder or .*recipes.decoder")
     refuses(load, student, device="quantum", says="--device quantum: not usable here")
     refuses(load, student, TINY, says="cross_attention_dim is 24, .* need 128")
     state = load_file(lost / "diffusion_pytorch_model.safetensors")

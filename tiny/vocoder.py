@@ -12,34 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import model
-from extras.audio import mel_filters
+from extras.audio import distance, spectra
 from extras.fast import fold_upsampling
-
-CONFIG = dict(num_mels=64, width=192, hidden=512, blocks=6, noise=True, n_fft=640, hop_size=160)
-
-
-def spectra(wav):
-    """Magnitudes of waveforms (B, N) at five resolutions, their logarithms and square roots."""
-    found = [torch.stft(wav, n, n // 4, n, torch.hann_window(n), return_complex=True)
-             for n in (2048, 1024, 512, 256, 128)]
-    powers = [one.real ** 2 + one.imag ** 2 + 1e-4 for one in found]
-    return [one for power in powers for one in (power.log() / 2, power ** 0.25)]
-
-
-def distance(x, y):
-    """Between spectra(): a norm of whole frames, as each bin alone does not show common beats."""
-    return sum(((a - b).square().mean(1) + 1e-8).sqrt().mean() for a, b in zip(x, y)) / len(x)
-
-
-def new_vocoder():
-    """A vocoder that at first makes of a mel sound of about its level, with phases of its own."""
-    torch.manual_seed(0)
-    net, bank = model.FrameVocoder(**CONFIG), mel_filters(64, "cpu")
-    rows = bank[torch.linspace(0, len(bank) - 1, net.bins).long()]
-    net.prior.weight.data = rows / rows.sum(1, keepdim=True).clamp(min=1e-6)
-    net.prior.bias.data = net.prior.weight @ -bank.sum(0).log() - 0.3
-    net.head.bias.data[:net.bins].uniform_(-np.pi, np.pi)
-    return net
+from recipes.vocoder import new_vocoder
 
 
 def train(source, fit, steps, size=3, lr=1e-3):
@@ -48,7 +23,8 @@ def train(source, fit, steps, size=3, lr=1e-3):
     latents = np.load(source.build / "teacher_latents.npy", mmap_mode="r")
     vae = model.load_part(source.teacher, "vae", model.pretrained(model.AutoencoderKL))
     fold_upsampling(vae.decoder)
-    net = new_vocoder()
+    torch.manual_seed(0)
+    net, config = new_vocoder(64, dict(width=192, hidden=512, blocks=6), noise=True)
 
     def loss(step):
         rng = np.random.default_rng((0, 7, step))
@@ -64,4 +40,4 @@ def train(source, fit, steps, size=3, lr=1e-3):
     fit(source, "vocoder", list(net.parameters()), steps, lr, loss)
     (folder / "griffin_lim.py").unlink(missing_ok=True)
     save_file(net.half().state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
