@@ -2,9 +2,9 @@
 
     python -m recipes.vocoder --student out/student
 
-As recipes.decoder, after it: the student makes latents, its small decoder (without one, the VAE)
-log-mels, the teacher's vocoder waveforms, and a model.FrameVocoder without noise learns to make
-these of those. Writes to vocoder/ in the student's folder: what sample.py reads, checkpoint.pt and
+As recipes.decoder, after it: the student makes latents, its small decoder (or the VAE) log-mels,
+the teacher's vocoder (any, Griffin-Lim too) waveforms, and a model.FrameVocoder without noise
+learns these. Writes vocoder/ in the student's folder: what sample.py reads, checkpoint.pt and
 metrics.jsonl. Unproven: no HiFi-GAN of Auffusion's could be had, nor another that was trained.
 """
 import json
