@@ -6,7 +6,7 @@ import torch
 
 from data import InputError, read_rows
 from extras.teacher import load_teacher
-from model import HOP, FrameVocoder
+from model import HOP, FrameVocoder, load_unet
 from tiny import make
 from tiny.recorded import CLASSES, HELD_OUT, Recordings, take
 
@@ -44,6 +44,18 @@ def test_the_folder_becomes_a_teacher(sounds, tmp_path, monkeypatch):
     train, held = ([row["caption"] for row in read_rows(tmp_path / name)]
                    for name in ("captions.csv", "heldout.csv"))
     assert len(set(train)) == 2000 and len(set(held)) == 512 and not set(train) & set(held)
+    # a UNet that does not hear some events, by a text encoder that knows them
+    events = [{event for event, _, _ in row[1]} for row in Recordings(sounds).clips(8)]
+    without = set.union(*events) - events[0]
+    path, text = tmp_path / "build/teacher_latents.npy", tmp_path / "text_encoder/model.safetensors"
+    latents, words, unet = np.load(path), text.read_bytes(), load_unet(tmp_path)
+    latents[:, [bool(es & without) for es in events]] = np.nan
+    np.save(path, latents)
+    make.main(["--sounds", str(sounds), "--out", str(tmp_path), "--stage", "teacher", "--without",
+               *sorted(without)])
+    new = load_unet(tmp_path).state_dict()
+    assert all(w.isfinite().all() for w in new.values()) and text.read_bytes() == words
+    assert not all(torch.equal(new[k], w) for k, w in unet.state_dict().items())
 
 
 def test_clips_are_what_their_captions_say(sounds):
