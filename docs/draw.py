@@ -79,13 +79,13 @@ def head(d):
 
 def step():
     """One training step, from BOXES, ARROWS and SAYS."""
-    body = [f'<g class="{look}"><path d="{d}"/>{head(d)}</g>' for look, d in ARROWS]
+    body = []
     for x, y, w, h, look, text in BOXES:
         lines = text.split("|")
-        rect = f'<rect class="{look}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>'
-        says = [label(x + w / 2, y + h / 2 + 18 * i - 9 * len(lines) + 14, line)
-                for i, line in enumerate(lines) if line]
-        body.insert(0, rect) if not says else body.extend([rect, *says])
+        body.append(f'<rect class="{look}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>')
+        body += [label(x + w / 2, y + h / 2 + 18 * i - 9 * len(lines) + 14, line)
+                 for i, line in enumerate(lines) if line]
+    body += [f'<g class="{look}"><path d="{d}"/>{head(d)}</g>' for look, d in ARROWS]
     body += [f'<g class="{look}">{label(x, y, text)}</g>' for x, y, look, text in SAYS]
     return svg(400, *body)
 

@@ -21,6 +21,7 @@ from losses import one_step
 from model import HOP, RATE, cause, load_student, read_settings
 
 MADE_WITH = "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"
+NO_NETWORK = "Griffin-Lim is no network; recipes.vocoder learns one, for --decoder fast"
 WEB, WEB_FILES = "1.30.0", ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 WEB_HASH = "5fb3678b60512196cd3de6b2b7d699b1c00c820de19900efa52be7a432fd315b"   # of both
 
@@ -64,7 +65,7 @@ def export(system, folder, half, small):
                     for n, width in ((2, system.shape[2]), (1, system.shape[2] + unit)))
     for name, (network, run, takes, makes) in parts(system).items():
         if not [*network.parameters()]:
-            print(f"{name}: Griffin-Lim is no network; recipes.vocoder learns one")
+            print(f"{name}: {NO_NETWORK}")
             continue
         for values in (given, known):
             values[makes] = run(*(values[key] for key in takes))
@@ -95,8 +96,7 @@ def page(system, packages):
     """Files of a page besides the parts, what its manifest says; InputError where none can be."""
     whole = system.encode_text.tokenizer.bos_token == "<bos>"           # as of tiny.make
     require(whole, f"--page: the tokenizer of {system.folder} is not one of whole words")
-    require([*system.decoder.vocoder.parameters()], "--page: Griffin-Lim is no "
-            "network; recipes.vocoder learns one, for --decoder fast")
+    require([*system.decoder.vocoder.parameters()], f"--page: {NO_NETWORK}")
     files = [packages / "onnxruntime-web/dist" / name for name in WEB_FILES]
     fine = all(file.is_file() for file in files) and sha256(*files) == WEB_HASH
     require(fine, f"{packages}: lacks version {WEB}; run npm install onnxruntime-web@{WEB}")

@@ -67,7 +67,9 @@ def main(argv=None):
     folder, home = run.out.parent, run.system.folder
     require(not (folder / "unet").is_dir(), f"{folder}: its vocoder/ is its own, not a small one")
     small = {k: path for k, path in model.small_parts(folder).items() if k == "decoder"}
-    run.system.decoder = decoder = model.Decoder(home, small=small).to(run.device)
+    if small:                                   # else the system's own is the one
+        run.system.decoder = model.Decoder(home, small=small).to(run.device)
+    decoder = run.system.decoder
     torch.manual_seed(args.seed)
     net, run.config = new_vocoder(8 * run.shape[1], model.read_settings(home).get("vocoder", {}))
     run.network = net.to(run.device)

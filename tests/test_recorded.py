@@ -83,6 +83,7 @@ def test_a_take_lies_in_its_own_background_and_wrong_ones_get_one_line(sounds, t
     assert len(filled) == 40960 and filled[17000:].std() == pytest.approx(0.006, rel=0.2)
     soundfile.write(path, np.zeros(999), 16000)
     for wrong, message in (
+            (lambda: make.main(["--without", "baby"]), "--without goes with --sounds"),
             (lambda: make.main(["--sounds", str(tmp_path)]), r"no sounds of \['dog', 'rain"),
             (lambda: Recordings(sounds, "7"), "of dog, no file is named FOLD-"),
             (lambda: take(path, None), "a.wav: is silent")):

@@ -27,13 +27,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from data import Parser, cli, replace_file, replace_text
+from data import Parser, cli, replace_file, replace_text, require
 from extras.audio import log_mel, mel_to_image
 from extras.metrics import Classifier
 from model import TINY, has_bf16, load_scheduler
 from recipes.decoder import decoder_loss, energy
 from tiny import score, vocoder, world
-from tiny.recorded import Recordings
+from tiny.recorded import EVENTS, Recordings
 
 SEED, MELS = 0, 64
 # A quarter less time on a CPU that has it, more on others; the weights stay fp32.
@@ -245,9 +245,9 @@ def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     if again or isinstance(source, Recordings):
         start = source.teacher if again else TINY
         unet = UNet2DConditionModel.from_pretrained(start / "unet").float()
-        start = source.teacher if source.without else start     # it knows the words, as CLIP does
-        text = CLIPTextModel.from_pretrained(start / "text_encoder").float()
-        known = PreTrainedTokenizerFast.from_pretrained(start / "tokenizer").get_vocab()
+        reader = source.teacher if source.without else start    # it knows the words, as CLIP does
+        text = CLIPTextModel.from_pretrained(reader / "text_encoder").float()
+        known = PreTrainedTokenizerFast.from_pretrained(reader / "tokenizer").get_vocab()
         words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         rows = [known.get(word, known["<unk>"]) for word in words]      # where a new word starts
         table = text.get_input_embeddings().weight.detach()[rows]
@@ -309,8 +309,10 @@ def main(argv=None):
     p.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES), help="some of them")
     p.add_argument("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
     p.add_argument("--out", type=Path, default="out/recorded", help="for the teacher of recordings")
-    p.add_argument("--without", nargs="*", default=(), help="events the UNet is not trained on")
+    p.add_argument("--without", choices=EVENTS, nargs="*", default=[],
+                   help="events of --sounds that the UNet is not trained on")
     args = p.parse_args(argv)
+    require(args.sounds or not args.without, "--without goes with --sounds")
     source = Recordings(args.sounds, home=args.out) if args.sounds else world.SYNTHESIS
     source.without = args.without
     for name in args.stage:

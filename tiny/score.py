@@ -311,7 +311,7 @@ def report(args):
         print(ratios(table))
     found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
              "systems": table}
-    if (folder / "decoder/config.json").exists():
+    if "decoder" in model.small_parts(folder):
         _, _, fast = load_student(*args.student, "fast")
         exact, mels = (generate(s, rows, name, args.seed)
                        for s, name in ((system, "VAE"), (fast, "small decoder")))
