@@ -327,8 +327,9 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.locked.enter_context(data.locked(self.out / "run", wait=False))
-            for left in self.out.rglob("*.????????.tmp"):   # by a kill while a file was saved
-                left.unlink()
+            for own in ("", "student*/", "lora/", "teacher/unet/"):
+                for left in self.out.glob(f"{own}*.????????.tmp"):      # by a kill during a save
+                    left.unlink()
         if path.exists():
             try:                                        # torch maps no name that is not UTF-8
                 found = torch.load(path, map_location="cpu", weights_only=True,
@@ -340,7 +341,8 @@ class Run:
             may_change = MAY_CHANGE - {"max_steps" if self.args.decay else ""}
             for name, ours in (self.identity | self.flags).items():
                 require(name in may_change or theirs.get(name) == ours, f"{self.out}: holds a run "
-                        f"with {name} {theirs.get(name)}, not {ours}; start in another folder")
+                        f"with {name} {theirs.get(name)}, not {ours}; start in another folder, or "
+                        "remove it")
             for name, tensors in weights.items():
                 for w, saved in zip(tensors, found["weights"][name], strict=True):
                     w.data.copy_(saved)

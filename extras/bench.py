@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 import train
 from data import Parser, cli, number, require
-from extras.fast import fold_upsampling
 from extras.random_teacher import FULL, write_teacher
 from model import TINY, System, load_unet
 from recipes.decoder import new_decoder
@@ -69,8 +68,6 @@ def sampler(kind, folder, device, batch, args):
                                           memory_format=torch.channels_last)
         vocoder, _ = new_vocoder(8 * system.shape[1], own.get("vocoder", {}))
         decoder.vocoder = vocoder.to(device, decoder.vocoder.dtype)
-    if kind != PLAIN:
-        fold_upsampling(decoder.vae.decoder)
     for part in (system.unet, decoder.vae.decoder, decoder.vocoder):
         if kind == PLAIN:                   # as the libraries leave it
             part.to(memory_format=torch.contiguous_format)

@@ -311,6 +311,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.captions:                                       # these write clips, and crops
+        ours = [(args.out / name).resolve() for name in ("clips", "reference")]
+        require(args.reference.resolve() not in ours, f"--reference {args.reference}: would be "
+                "written to; change --out")
     args.command(args)
 
 

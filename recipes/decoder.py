@@ -35,8 +35,6 @@ def parse_args(argv=None, doc=__doc__, part="decoder", **defaults):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--device", help="cuda, mps or cpu; default: the first there is")
-    if part == "decoder":
-        add("--init", help="start from this AutoencoderTiny: folder, or hub name (untested)")
     p.set_defaults(warmup=50, decay=True, grad_accum=1, keep_every=0, log_every=10, **defaults)
     args = p.parse_args(argv)
     args.defaults = {name: p.get_default(name) for name in vars(args)}
@@ -118,18 +116,6 @@ def new_decoder(settings):
         raise InputError(f"swiftaudio.json of the teacher: its decoder {own} is none ({e})")
 
 
-def first_decoder(args, home, vae):
-    """Load --init, or make a decoder of the teacher's settings; InputError if it is no VAE's."""
-    torch.manual_seed(args.seed)
-    network = new_decoder(model.read_settings(home)) if not args.init else model.load_part(
-        model.find(args.init, model.STUDENT), "", model.pretrained(AutoencoderTiny))
-    theirs = len(vae.config.block_out_channels), vae.config.latent_channels
-    ours = len(network.config.decoder_block_out_channels), network.config.latent_channels
-    require(ours == theirs, f"{args.init or home}: its small decoder does not fit the VAE of "
-            f"{home}: levels and channels of latents are {ours}, not {theirs}")
-    return network.requires_grad_(False)
-
-
 def energy(image):
     """blocks() of an image (B, channels, mels, frames), of which the first channel is heard."""
     return blocks(model.image_to_mel(image))
@@ -154,8 +140,14 @@ def picture(decoder, x0):
 def main(argv=None):
     args = parse_args(argv)
     run = start(args, DecoderRun)
-    vae = run.system.decoder.vae
-    run.network = first_decoder(args, run.system.folder, vae)
+    home, vae = run.system.folder, run.system.decoder.vae
+    torch.manual_seed(args.seed)
+    run.network = new_decoder(model.read_settings(home)).requires_grad_(False)
+    ours, theirs = run.network.config, vae.config
+    sizes = [(len(ours.decoder_block_out_channels), ours.latent_channels),
+             (len(theirs.block_out_channels), theirs.latent_channels)]
+    require(sizes[0] == sizes[1], f"{home}/swiftaudio.json: its decoder does not fit its VAE: "
+            "levels and channels of latents are {}, not {}".format(*sizes))
     run.network.to(run.device, memory_format=torch.channels_last)
     run.identity |= {"VAE's weights": train.fingerprint(vae),
                      "first decoder's weights": train.fingerprint(run.network)}

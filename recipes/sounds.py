@@ -49,16 +49,16 @@ def parse_args(argv=None):
 
 
 def from_metadata(folder, sounds, column):
-    """{sound: its captions} by metadata.csv or .jsonl; {} where there is neither."""
-    tables = [*folder.glob("metadata.csv"), *folder.glob("metadata.jsonl")]
+    """{sound: its captions} by metadata.csv or .jsonl here or below; {} where there is none."""
+    tables = [*folder.rglob("metadata.csv")] or [*folder.rglob("metadata.jsonl")]
     known, found = {p.resolve(): p for p in sounds}, {p: [] for p in sounds if tables}
-    for n, row in enumerate(data.read_rows(tables[0]) if tables else [], 1):
-        where = f"{tables[0]}: row {n}"
+    rows = [(t, n, row) for t in tables for n, row in enumerate(data.read_rows(t), 1)]
+    for table, n, row in rows:
         names = row if isinstance(row, dict) else ()
         keys = [key for name in FILE for key in names if key.strip().lower() == name]
-        path = known.get((folder / str(row[keys[0]])).resolve()) if keys else None
-        require(path, f"{where}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
-        found[path] += data.row_captions(row, where, column)
+        path = known.get((table.parent / str(row[keys[0]])).resolve()) if keys else None
+        require(path, f"{table}: row {n}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
+        found[path] += data.row_captions(row, f"{table}: row {n}", column)
     return found
 
 
@@ -87,6 +87,8 @@ def write_captions(args, new):
     text, path = "".join(map('"{}"\n'.format, cells)), Path(args.out_dir, "captions.csv").resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not (path.parent / "checkpoint.pt").exists():    # else Run compares them with its own
+        require(not path.exists() or path.read_text("utf-8", "replace") == text, f"{path}: is of "
+                "other sounds; remove it, or pass another --out_dir")
         data.replace_text(path, text)
     args.captions, args.caption_column = str(path), None
 
@@ -117,10 +119,13 @@ def save_teacher(run):
     for name, layer in lora_layers(unet).items():
         A, B = (m.weight.detach().flatten(1) for m in (layer.lora_A, layer.lora_B))
         state[f"{name}.weight"] += layer.scale * (B @ A).view_as(layer.weight)
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
     if not (folder / "unet/config.json").exists():      # the last file: the rest is there, too
-        ignore = shutil.ignore_patterns("unet", ".*", run.out.name)     # --out_dir may be in there
-        shutil.copytree(run.folder, folder, dirs_exist_ok=True, ignore=ignore)
-    (folder / "unet").mkdir(exist_ok=True)
+        for path in [p for p in run.folder.rglob("*") if p.is_file()]:  # without their modes
+            parts = path.relative_to(run.folder).parts
+            if not any(x[0] == "." or x in ("unet", run.out.name) for x in parts):  # out, in there
+                (to := folder.joinpath(*parts)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to)
     train.save_network(folder / "unet", unet, {k: w.contiguous() for k, w in state.items()})
     if not args.all_weights:
         save_lora(unet, run.out / "lora", args.lora_rank, args.lora_alpha)

@@ -2,9 +2,7 @@
 import functools
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import torch
 from conftest import VOCODER, write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from runs import call, metrics, read_checkpoint, refuses, same
+from runs import call, metrics, read_checkpoint, refuses
 from safetensors.torch import load_file, save_file
 
 import model
@@ -32,7 +30,6 @@ from tiny import score
 
 SMALL = {"decoder_block_out_channels": [8] * 4, "num_decoder_blocks": [1, 1, 1, 0],
          "out_channels": 1}
-UNUSED = dict(encoder_block_out_channels=(4,) * 4, num_encoder_blocks=(0,) * 4)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -58,15 +55,6 @@ def distil(student, *flags):
     call(decoder.main, "--student", student, "--clips", 8, "--batch_size", 2, "--max_steps", 2,
          "--device", "cpu", *flags)
     return load_file(student / "decoder" / WEIGHTS)
-
-
-def test_a_decoder_without_a_checkpoint_is_kept(student):
-    """Such as one of a published student. tests/test_programs.py stops and resumes it."""
-    found = distil(student)
-    (student / "decoder/checkpoint.pt").unlink()
-    with pytest.raises(InputError, match="but no checkpoint to resume from"):
-        distil(student)
-    same(load_file(student / "decoder" / WEIGHTS), found)
 
 
 def test_a_run_is_that_of_its_flags_and_of_its_student(trained, student, captions, monkeypatch):
@@ -173,21 +161,13 @@ def test_a_student_of_another_machine_is_told_where_things_are(trained, student,
     distil(student, *flags, "--caption_column", "said")
 
 
-def test_a_complete_model_gets_a_decoder_that_starts_from_another(plain, captions, tmp_path):
-    network = AutoencoderTiny(**UNUSED, decoder_block_out_channels=(6,) * 4,
-                              num_decoder_blocks=(1,) * 4)
-    network.save_pretrained(tmp_path / "init")
-    found = distil(shutil.copytree(plain, tmp_path / "model"), "--captions", captions, "--init",
-                   tmp_path / "init", "--max_steps", 1, "--lr", 0)
-    same(found, dict(network.state_dict()))
-
-
-def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
+def test_what_cannot_be_is_one_line(trained, student, captions, tmp_path, monkeypatch):
     stops = functools.partial(refuses, distil, student)
     stops("--clips", 1, says="--clips 1: .* --batch_size 2")
     stops("--student", "some/model", says="some/model: must be a folder here")
-    AutoencoderTiny(**UNUSED, latent_channels=8).save_pretrained(tmp_path / "wide")
-    stops("--init", tmp_path / "wide", says=f"{tmp_path}/wide: .*does not fit")
+    wide = shutil.copytree(trained[0], tmp_path / "wide")
+    (wide / "swiftaudio.json").write_text(json.dumps({"decoder": {"latent_channels": 8}}))
+    stops("--teacher", wide, "--captions", captions, says="wide/.*not fit its VAE: .*4, 8.*4, 4")
     with monkeypatch.context() as patch:
         for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1").items():
             patch.setenv(name, value)
@@ -203,33 +183,22 @@ def test_what_cannot_be_is_one_line(student, tmp_path, monkeypatch):
     save_file({**state, "conv_in.weight": -state["conv_in.weight"]}, student / WEIGHTS)
     stops(says="student's weights")                         # of as many steps, but another
     assert (student / "decoder/checkpoint.pt").read_bytes() == before
+    (student / "decoder/checkpoint.pt").unlink()            # as one of a published student
+    stops(says="but no checkpoint to resume from")
 
 
 # ---- the small vocoder ---------------------------------------------------------------------------
 
 def distil_vocoder(student, *flags):
-    """The exit code, losses and weights of a run of recipes.vocoder."""
-    code = call(vocoder.main, "--student", student, "--clips", 4, "--batch_size", 1,
-                "--max_steps", 2, "--device", "cpu", *flags)
-    out = student / "vocoder"
-    return code, [line["loss"] for line in metrics(out)], load_file(out / "model.safetensors")
+    """The losses of a run of recipes.vocoder."""
+    call(vocoder.main, "--student", student, "--clips", 4, "--batch_size", 1, "--max_steps", 2,
+         "--device", "cpu", *flags)
+    return [line["loss"] for line in metrics(student / "vocoder")]
 
 
-def test_the_vocoder_learns_and_goes_on_bit_for_bit(student, monkeypatch):
-    flags, log, whole = ["--max_steps", 30, "--lr", 2e-2], train.Run.log, student.parent / "whole"
-    _, losses, weights = distil_vocoder(shutil.copytree(student, whole), *flags)
+def test_the_vocoder_learns(student):
+    losses = distil_vocoder(student, "--max_steps", 30, "--lr", 2e-2)
     assert losses[-1] < 0.8 * losses[0]
-
-    def log_and_stop(run, **values):
-        if log(run, **values) is None and len(run.means["loss"]) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log", log_and_stop)
-        assert distil_vocoder(student, *flags)[0] == 143
-    code, _, found = distil_vocoder(student, *flags)
-    assert code == 0
-    same(found, weights)
 
 
 def test_fast_has_the_small_parts_that_are_there(trained, student, captions, tmp_path):

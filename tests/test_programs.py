@@ -5,13 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import run
-from runs import SMALL, alike, curves, metrics, read_checkpoint, same
+from runs import SMALL, alike, curves, metrics, noise, read_checkpoint, same
 
 import train
 from model import load_unet
-from recipes import arc, consistency, decoder, energy
+from recipes import arc, consistency, decoder, energy, sounds, vocoder
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -20,9 +21,13 @@ PROGRAMS = {
     "train": [train, "--lora_guidance", 1, "--lora_targets", "attention", "--lora_rank", 4],
     "arc": [arc, "--clips", 8, "--d_first", 0, "--contrast", 0],
     "energy": [energy, "--clips", 8, "--samples", 3], "consistency": [consistency, "--clips", 8],
-    "decoder": [decoder, "--clips", 8, "--batch_size", 2, "--device", "cpu"]}
-FOUR = [name for name in PROGRAMS if name != "decoder"]     # those with the flags of train.py
-RATES = {"student": 1e-3, "lora": 1e-3, "d": 5e-4, "decoder": 4e-3}
+    "decoder": [decoder, "--clips", 8, "--batch_size", 2, "--device", "cpu"],
+    "vocoder": [vocoder, "--clips", 4, "--batch_size", 1, "--device", "cpu"],
+    "sounds": [sounds, "--lora_rank", 4]}
+FOUR = [*PROGRAMS][:4]                                      # those with the flags of train.py
+RATES = {"student": 1e-3, "lora": 1e-3, "d": 5e-4, "decoder": 4e-3, "vocoder": 1e-3,
+         "teacher": 1e-3}
+NETWORKS = {"vocoder": "model", "sounds": "teacher/unet/diffusion_pytorch_model"}
 
 
 @pytest.fixture
@@ -30,10 +35,18 @@ def words_of(plain, captions, one_step_run, tmp_path):
     """The words of a program's run in a folder, and where that writes."""
     def words_of(name, out, *flags):
         where = ["--teacher", plain, "--captions", captions, "--out_dir", tmp_path / out, *SMALL]
-        if name == "decoder":
+        if name in ("decoder", "vocoder"):
             shutil.copytree(one_step_run, tmp_path / out, dirs_exist_ok=True)
             where = ["--student", tmp_path / out / "student", "--captions", captions]
-            out = f"{out}/student/decoder"
+            out = f"{out}/student/{name}"
+        elif name == "sounds":
+            (tmp_path / "two").mkdir(exist_ok=True)
+            for word in ("low", "high"):
+                soundfile.write(tmp_path / f"two/{word}.wav", noise(2000), 16000)
+                (tmp_path / f"two/{word}.txt").write_text(word)
+            at = SMALL.index("--guidance")              # which it has not
+            where = [*where[:2], "--sounds", tmp_path / "two", *where[4:6], *SMALL[:at],
+                     *SMALL[at + 2:]]
         elif name != "train":
             where += ["--cache", captions.parent / "clips.safetensors"]
         return [str(word) for word in (*where, *PROGRAMS[name][1:], *flags)], tmp_path / out
@@ -47,8 +60,9 @@ def go(words_of):
     def go(name, *flags, out="out"):
         words, folder = words_of(name, out, *flags)
         code, found = PROGRAMS[name][0].main(words), read_checkpoint(folder)
+        file = NETWORKS.get(name, "diffusion_pytorch_model")
         students = {str(path.relative_to(folder)): path.read_bytes()
-                    for path in folder.rglob("diffusion_pytorch_model.safetensors")}
+                    for path in folder.rglob(f"{file}.safetensors")}
         return code, folder, {key: found[key] for key in ("step", "weights", "opts")}, students
 
     return go
@@ -62,7 +76,7 @@ def test_2n_steps_equal_n_a_signal_a_resume_and_n(go, name, monkeypatch):
         flags += ["--keep_every", 2, "--ema", 0.9, "--warmup", 8, "--decay"]
     _, folder, whole, students = go(name, *flags, out="whole")
     assert [Path(student).parent.name for student in sorted(students)] == (
-        ["student-2", "student"] if name in FOUR else [""])
+        ["student-2", "student"] if name in FOUR else ["unet" if name == "sounds" else ""])
 
     def log_and_stop(run, **values):
         os.kill(os.getpid(), signal.SIGTERM)                # several times in a step
@@ -77,7 +91,7 @@ def test_2n_steps_equal_n_a_signal_a_resume_and_n(go, name, monkeypatch):
         assert code == 0 and found == students
         same(parts, whole)
         (out / sorted(found)[-1]).unlink()
-    assert name == "decoder" or curves(out) == curves(folder)
+    assert name in ("decoder", "vocoder") or curves(out) == curves(folder)
     for opt, state in whole["opts"].items():                # at the last step, of 0 to 2
         factor = 3 / (8 if name in FOUR else 50) * (1 - 2 / 3)
         assert state["param_groups"][0]["lr"] == pytest.approx(RATES[opt] * factor)

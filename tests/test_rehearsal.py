@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,12 @@ from test_metrics import cnn14_state
 from extras.metrics import Cnn14, VGGish
 
 TEACHER, CLAP = "auffusion/auffusion-full-no-adapter", "laion/clap-htsat-unfused"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SENTENCES = ["Rain falls on a tin roof", "A dog barks twice, then whines", "A bell rings",
              'A man says "hello" to a crowd', "Wind blows, and leaves rustle", "A cat meows",
              '"Stop", a woman shouts', "Water drips", "Birds sing", "A door slams", "A horn honks"]
 IDS = [f"Ab-{k:02d}_xYz{k:02d}" for k in range(13)]     # as long as YouTube's
-TRAIN = ("python train.py{} --captions audiocaps.csv --out_dir {} --max_steps 8 --batch_size 2 "
-         "--grad_accum 2 --save_every 2 --keep_every 4 --log_every 1")
+TRAIN = ("python train.py --captions audiocaps.csv --out_dir out_big --max_steps 8 --batch_size 2 "
+         "--grad_accum 2 --keep_every 4 --log_every 1")
 SAMPLE = "python sample.py --student {} --prompt 'a dog barks while rain falls' --n 2 --out {}"
 EVAL = ("python -m extras.eval audiocaps --student {} --captions {} --reference recordings "
         f"--clap {CLAP} --seconds 3 --out eval/{{}}")
@@ -59,11 +57,11 @@ def options(machine):
                 stderr=subprocess.STDOUT)
 
 
-def go(options, command, code=0):
+def go(options, command):
     """Run a command, print it, and return the lines it wrote less its bars."""
     print(f"\n$ {command}")
     done = subprocess.run(shlex.split(command), timeout=900, **options)
-    assert done.returncode == code and "Traceback" not in done.stdout, done.stdout
+    assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
     return [line for line in re.split(r"[\r\n]+", done.stdout)
             if line.strip() and not re.search(r"\d%\||it/s\]|B/s", line)]
 
@@ -100,47 +98,20 @@ def test_the_real_run_in_small(tmp_path):
     work, read = gpu / "work", lambda path: (gpu / "work" / path).read_bytes()
     write_inputs(work, gpu / "home/.cache/swiftaudio")
 
-    # ---- training is killed in the middle, and goes on by the same command ----------------------
-    log = work / "out_big/metrics.jsonl"
-    with subprocess.Popen(shlex.split(TRAIN.format("", "out_big")), **here.args[0]) as process:
-        while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.kill()
-    seen = log.read_bytes().count(b"\n")
-    assert process.returncode == -9 and 3 <= seen < 8
-    output = " ".join(here(TRAIN.format("", "out_big")))
+    output = " ".join(here(TRAIN))
     counts = {"rows": 14, "not whole": 0, "empty": 0, "duplicates": 3}
     assert f"11 captions used, of {counts}" in output
-    assert seen - 2 <= int(re.search(r"from step (\d+)", output)[1]) <= seen
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in read("out_big/metrics.jsonl").splitlines()]
     assert [line["step"] for line in lines] == [*range(1, 9)]
     keys = "vsd", "lora", "x0_std", "grad_student", "grad_lora", "samples_per_s"
     assert all(0 < line[k] < 1e4 for line in lines[1:] for k in keys)
     assert lines[0]["vsd"] < 1e-6                       # the LoRA teacher starts as the teacher
 
-    # a run without a break, its teacher in a folder, is the same to the bit
-    shutil.copytree(teacher, work / "downloaded")
-    here(TRAIN.format(" --teacher downloaded", "out_folder"))
-    student = read(f"out_big/student/{WEIGHTS}")
-    assert student == read(f"out_folder/student/{WEIGHTS}") == read(f"out_big/student-8/{WEIGHTS}")
-
-    # ---- listening ------------------------------------------------------------------------------
-    here(SAMPLE.format("out_big/student-8", "late"))
-    here(SAMPLE.format("out_big/student", "samples"))
+    here(SAMPLE.format("out_big/student-8", "samples"))
     names = [f"a-dog-barks-while-rain-falls_seed0_{k}.wav" for k in range(2)]
     heard = [read(f"samples/{name}") for name in names]
-    assert heard == [read(f"late/{name}") for name in names]
     assert soundfile.info(work / "samples" / names[0]).frames == 163840
 
-    (work / "downloaded").rename(work / "moved")        # a teacher's folder that is gone
-    error, = here(SAMPLE.format("out_folder/student", "again"), code=1)
-    assert error.startswith(f"error: {work / 'downloaded'}: no such folder")
-    assert error.endswith("pass another, as --teacher if it is a student's teacher")
-    here(SAMPLE.format("out_folder/student", "again") + f" --teacher {TEACHER}")
-    assert heard == [read(f"again/{name}") for name in names]
-
-    # ---- evaluation -----------------------------------------------------------------------------
     captions = "test_audiocaps.raw.json"
     output = here(EVAL.format("out_big/student", captions, "student"))
     assert f"{captions}: N = 11 of 13 clips; 2 without a recording in recordings: " + ", ".join(
@@ -153,11 +124,11 @@ def test_the_real_run_in_small(tmp_path):
     assert line.split()[1:7] == (
         "{N} {FD:.2f} {FAD:.2f} {KL:.2f} {IS:.2f} {CLAP:.3f}".format(**row).split())
 
-    # ---- publishing: another machine has what is on the hub, and nothing else -------------------
+    # another machine has what is on the hub, and nothing else
     here("python -m extras.publish out_big/student")
     card = read("out_big/student/README.md").decode()
     assert f"license: cc-by-nc-sa-4.0\nbase_model: {TEACHER}\n" in card
-    assert f"`{TRAIN.format('', 'out_big')}`, 8 steps" in card and str(tmp_path) not in card
+    assert f"`{TRAIN}`, 8 steps" in card and str(tmp_path) not in card
     shutil.copytree(work / "out_big/student", publish(laptop, "user/student"))
     gpu.rename(tmp_path / "switched-off")
     go(options(laptop), SAMPLE.format("user/student", "samples"))

@@ -25,7 +25,12 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def test_a_run_and_what_it_leaves(go, plain, tmp_path, capsys):
+    killed, others = (tmp_path / name / "a.12345678.tmp" for name in ("student-5", "arc"))
+    for path in (killed, others):                           # of this run, and of one that goes on
+        path.parent.mkdir()
+        path.touch()
     go(tmp_path)
+    assert not killed.exists() and others.exists()
     said = capsys.readouterr().out
     assert "23 captions used" in said
     assert f'hear it: python sample.py --student {tmp_path / "student"} --prompt' in said

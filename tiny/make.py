@@ -7,8 +7,9 @@
 
 Intermediate data (spectrograms of the rendered clips and their latents, about 2 GB) goes to build/.
 Each stage reads what the ones before it wrote, and from tiny/teacher what the networks look like;
-a training that was stopped goes on from its last save. swiftaudio.json of the teacher, its own
-defaults, was found as docs/LOG.md says. A teacher of recordings starts from the tiny one's weights.
+after a stop give --stage those that are left, and the one that trained goes on from its last save.
+swiftaudio.json of the teacher, its own defaults, was found as docs/LOG.md says. A teacher of
+recordings starts from the tiny one's weights.
 """
 import csv
 import functools
@@ -206,7 +207,7 @@ def stage_classifier(source, steps=2500, size=48, returned=5000):
         embedding, _ = net.of_blocks(x[i] + torch.from_numpy(noise).float())
         return F.binary_cross_entropy_with_logits(net.head(F.dropout(embedding, 0.3)), y[i])
 
-    fit(source, "classifier", list(net.parameters()), steps, 3e-3, loss)
+    fit(source, "classifier", list(net.parameters()), steps, 3e-3, loss, kept=[*net.buffers()])
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     save_file(state, source.home / "classifier.safetensors")
 
@@ -312,7 +313,8 @@ def main(argv=None):
     p.add_argument("--without", choices=EVENTS, nargs="*", default=[],
                    help="events of --sounds that the UNet is not trained on")
     args = p.parse_args(argv)
-    require(args.sounds or not args.without, "--without goes with --sounds")
+    require(args.sounds and "data" not in args.stage or not args.without,       # it knows all words
+            "--without goes with --sounds, a copy of a finished world and --stage teacher again")
     source = Recordings(args.sounds, home=args.out) if args.sounds else world.SYNTHESIS
     source.without = args.without
     for name in args.stage:

@@ -67,7 +67,8 @@ def take(path, rng):
     level = np.clip(loud[i], 0.003 * loud.max(), 0.03 * loud.max())
     # white noise, filtered by it, has its spectrum
     noise = rng.standard_normal(n) * level / loud[i] / FRAME ** 0.5
-    spectrum = np.fft.rfft(noise) * np.fft.rfft(wav[i * FRAME:(i + 1) * FRAME], n)
+    frame = wav[i * FRAME:(i + 1) * FRAME]
+    spectrum = np.fft.rfft(noise) * np.fft.rfft(frame - frame.mean(), n)
     missing = np.sqrt(np.clip(1 - (loud / level) ** 2, 0, 1))
     where = np.interp(np.arange(n), (np.arange(len(loud)) + 0.5) * FRAME, missing)
     return (wav + where * np.fft.irfft(spectrum, n)).astype(np.float32)

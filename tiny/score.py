@@ -25,7 +25,6 @@ import extras.teacher
 import model
 from data import Parser, cli, number, read_json, replace_file, replace_text, require
 from extras.audio import log_mel
-from extras.fast import fold_upsampling
 from extras.metrics import frechet, load_classifier, scores
 from extras.publish import write_card
 from model import LOG_MAX, LOG_MIN, TINY
@@ -86,21 +85,14 @@ def features(classifier, mels, batch=64):
 
 # ---- systems: in fp32 on the CPU, as everything shipped was measured ----------------------------
 
-def folded(system):
-    """A system whose decoder's upsampling is folded: a quarter faster."""
-    fold_upsampling(system.decoder.vae.decoder)
-    return system
-
-
 def load_teacher(steps, guidance=None):
     """Load the tiny teacher, to sample in `steps` steps; guidance None: its own."""
-    return folded(extras.teacher.load_teacher("tiny", steps, guidance, precision="fp32",
-                                              device="cpu"))
+    return extras.teacher.load_teacher("tiny", steps, guidance, precision="fp32", device="cpu")
 
 
 def load_untrained(t):
     """Load what a student is before training: the teacher's UNet, unguided, one step at t."""
-    return folded(model.System(TINY, model.load_unet(TINY), {}, None, "fp32", "cpu", t))
+    return model.System(TINY, model.load_unet(TINY), {}, None, "fp32", "cpu", t)
 
 
 def compared(t):
@@ -116,8 +108,8 @@ def load_student(name, decoder="vae"):
                           or weights == fingerprint(model.load_unet(TINY))),
             f"{name}: is no student that train.py made of the tiny teacher (its teacher: "
             f"{about.get('teacher')}); score it with extras.eval")
-    return folder, about, folded(model.load_student(name, "tiny", decoder=decoder,
-                                                    precision="fp32", device="cpu"))
+    return folder, about, model.load_student(name, "tiny", decoder=decoder, precision="fp32",
+                                             device="cpu")
 
 
 # ---- scores ------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 import model
 from extras.audio import distance, spectra
-from extras.fast import fold_upsampling
 from recipes.vocoder import new_vocoder
 
 
@@ -22,7 +21,6 @@ def train(source, fit, steps, size=3, lr=1e-3):
     clips, folder = source.clips(source.number), source.teacher / "vocoder"
     latents = np.load(source.build / "teacher_latents.npy", mmap_mode="r")
     vae = model.load_part(source.teacher, "vae", model.pretrained(model.AutoencoderKL))
-    fold_upsampling(vae.decoder)
     torch.manual_seed(0)
     net, config = new_vocoder(64, dict(width=192, hidden=512, blocks=6), noise=True)
 

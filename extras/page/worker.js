@@ -7,7 +7,7 @@ self.addEventListener("fetch", event => event.respondWith(answer(event)));
 async function answer(event) {
   const kept = await caches.open("swiftaudio"), { request } = event;
   const found = await kept.match(request);
-  if (found && new URL(request.url).search) return found;
+  if (found && /\?[0-9a-f]{16}$/.test(request.url)) return found;
   try {
     const got = await fetch(request);
     if (got.ok && request.method === "GET") {
