@@ -14,14 +14,13 @@ import torch
 from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
-import extras.app
 import sample
 import train
 from data import InputError
 from model import load_student, load_unet
 
 DOC = (ROOT / "docs/USE.md").read_text(encoding="utf-8")
-API, DIFFUSERS, DDIM, PEFT, ONNX, HUB, SPACE = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+API, DIFFUSERS, DDIM, PEFT, ONNX, HUB = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
 README, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 FORK, = re.findall(r"```diff\n(.*?)```", DOC, re.DOTALL)
 TRAIN = ["--teacher", "tiny", "--max_steps", "2", "--batch_size", "2", "--device", "cpu",
@@ -115,13 +114,6 @@ def test_what_is_uploaded_is_the_student_with_its_card_and_decoder(home, monkeyp
     assert sorted(filter_repo_objects(files, ignore_patterns=asked["ignore_patterns"])) == [
         "README.md", "config.json", "decoder/config.json", "diffusion_pytorch_model.safetensors",
         "swiftaudio.json"]
-
-
-def test_a_space_starts_the_page_of_that_student_for_other_machines(monkeypatch):
-    asked = []
-    monkeypatch.setattr(extras.app, "main", asked.extend)
-    exec(SPACE, {})
-    assert asked == ["--student", re.search(r'create_repo\("(.*)"\)', HUB)[1], "--host", "0.0.0.0"]
 
 
 def apply(diff, code):
