@@ -106,6 +106,8 @@ def main(argv=None):
     require(not (args.init and args.teacher_steps), "--init does not go with --teacher_steps")
     words = {p: parse_weights(p, where)[0] for p, where in sample.read_prompts(args).items()}
     require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
+    if args.init:
+        read_audio(args.init)                           # InputError before the work, not after
 
     def opened():
         system = open_system(args, args.seconds, [*words.values(), args.init_prompt])

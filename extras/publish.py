@@ -32,7 +32,7 @@ def write_card(folder, metrics=None):
     card = path.read_text("utf-8", "replace") if path.exists() else ""
     require(not card or "made with SwiftAudio" in card, f"{path}: would be replaced; move it away")
     if metrics is None and f", {about['step']} steps\n" in card:       # this very student's
-        metrics = card.rpartition("- Metrics: ")[2].strip()
+        metrics = card.partition("- Metrics: ")[2].strip()
     name = public(about["teacher"]).removeprefix("./")
     command = shlex.join(map(public, shlex.split(about.get("command", "python train.py"))))
     small = " and ".join(small_parts(Path(folder)))

@@ -34,7 +34,7 @@ def read_clips(path, about, shape):
         return torch.zeros(0, *shape, dtype=torch.float16)
     try:
         with safe_open(path, "pt") as file:
-            found, clips = json.loads(file.metadata()["about"]), file.get_tensor("clips")
+            found, clips = json.loads(file.metadata()["about"]), file.get_tensor("clips").clone()
     except Exception as e:                              # each kind of damage its own error
         raise InputError(f"{path}: is no file of clips ({cause(e)}); pass another --cache")
     for key, value in about.items():

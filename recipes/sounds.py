@@ -8,6 +8,8 @@ have it), one a line; metadata.csv or .jsonl with file_name and caption; folders
 numbers, as of "001 - Dog bark". The same command again resumes. Writes to --out_dir teacher/,
 complete, with the adapter merged; lora/, the adapter alone in PEFT's format; and captions.csv.
 """
+import glob
+import os
 import re
 import shutil
 from pathlib import Path
@@ -48,24 +50,30 @@ def parse_args(argv=None):
     return args
 
 
+def files(folder):
+    """Files in a folder and in those below, linked ones too, none that is hidden: paths."""
+    found = [folder / n for n in sorted(glob.glob("**", root_dir=folder, recursive=True))]
+    return [path for path in found if path.is_file()]
+
+
 def from_metadata(folder, sounds, column):
-    """{sound: its captions} by metadata.csv or .jsonl here or below; {} where there is none."""
-    tables = [*folder.rglob("metadata.csv")] or [*folder.rglob("metadata.jsonl")]
-    known, found = {p.resolve(): p for p in sounds}, {p: [] for p in sounds if tables}
-    rows = [(t, n, row) for t in tables for n, row in enumerate(data.read_rows(t), 1)]
-    for table, n, row in rows:
-        names = row if isinstance(row, dict) else ()
-        keys = [key for name in FILE for key in names if key.strip().lower() == name]
-        path = known.get((table.parent / str(row[keys[0]])).resolve()) if keys else None
-        require(path, f"{table}: row {n}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
-        found[path] += data.row_captions(row, f"{table}: row {n}", column)
+    """{sound: its captions} by metadata.csv or .jsonl of the folder, else of those below, or {}."""
+    tables = [p for p in files(folder) if p.name in ("metadata.csv", "metadata.jsonl")]
+    tables = [p for p in tables if p.parent == folder][:1] or tables
+    known, found = {os.path.abspath(p): p for p in sounds}, {p: [] for p in sounds if tables}
+    for table in tables:
+        for n, row in enumerate(data.read_rows(table), 1):
+            where, names = f"{table}: row {n}", row if isinstance(row, dict) else ()
+            keys = [key for name in FILE for key in names if key.strip().lower() == name]
+            path = known.get(os.path.abspath(table.parent / str(row[keys[0]]))) if keys else None
+            require(path, f"{where}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
+            found[path] += data.row_captions(row, where, column)
     return found
 
 
 def read_sounds(folder, column=None):
     """A folder's sounds, {path: its captions}; InputError where one has none or is not read."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != "."]
-    sounds = [p for p in files if p.suffix.lower() in SOUNDS]
+    sounds = [p for p in files(folder) if p.suffix.lower() in SOUNDS]
     require(sounds, f"{folder}: holds no sound ({', '.join(SOUNDS)})")
     texts = {p: p.with_suffix(".txt") for p in sounds if p.with_suffix(".txt").is_file()}
     words = {p: re.split(r"[\s_.-]+", p.parent.name.lower()) for p in sounds if p.parent != folder}
@@ -73,10 +81,11 @@ def read_sounds(folder, column=None):
               for p, text in texts.items()} or from_metadata(folder, sounds, column)
              or {p: [" ".join(w for w in ws if not w.isdigit())] for p, ws in words.items()})
     found = {p: [*dict.fromkeys(c for c in found.get(p, []) if c.strip())] for p in sounds}
-    for what, bad in (("are not read; convert", [p for p in files if p.suffix.lower() in OTHERS]),
+    others = [p for p in files(folder) if p.suffix.lower() in OTHERS]
+    for what, bad in (("are not read; convert", others),
                       ("have no caption; write one,", [p for p in sounds if not found[p]])):
         some = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
-        require(not bad, f"{folder}: {len(bad)} of {len(files)} files {what} or remove: {some}")
+        require(not bad, f"{folder}: {len(bad)} files {what} or remove: {some}")
     return found
 
 
@@ -121,10 +130,10 @@ def save_teacher(run):
         state[f"{name}.weight"] += layer.scale * (B @ A).view_as(layer.weight)
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     if not (folder / "unet/config.json").exists():      # the last file: the rest is there, too
-        for path in [p for p in run.folder.rglob("*") if p.is_file()]:  # without their modes
-            parts = path.relative_to(run.folder).parts
-            if not any(x[0] == "." or x in ("unet", run.out.name) for x in parts):  # out, in there
-                (to := folder.joinpath(*parts)).parent.mkdir(parents=True, exist_ok=True)
+        for path in files(run.folder):                  # --out_dir may be in there
+            to = folder / (name := path.relative_to(run.folder))
+            if not {"unet", run.out.name} & {*name.parts}:
+                to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
     train.save_network(folder / "unet", unet, {k: w.contiguous() for k, w in state.items()})
     if not args.all_weights:

@@ -121,7 +121,8 @@ def test_what_is_wrong_is_named_at_once(recordings, here, plain, monkeypatch):
     for command in ("audiocaps", "clotho"):
         refuses(command, *flags, "--guidance", 3, says=["--guidance", "--teacher_steps"])
         refuses(command, *flags, "--student", here, says=[str(here)])
-        refuses(command, *flags, "--reference", "out/clips", says=["out/clips", "change --out"])
+        for ours in ("out/clips", "out/reference"):
+            refuses(command, *flags, "--reference", ours, says=[ours, "change --out"])
     for text, says in (("a \ud83d barks", "half a character"), (" ", "row 1 holds no caption"),
                        ("['rain', 'wind']", "row 1 holds a list as text")):
         path = write_lines(here / "list.jsonl", [{"file": NAMES[0], "text": text}])

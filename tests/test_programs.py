@@ -42,7 +42,7 @@ def words_of(plain, captions, one_step_run, tmp_path):
         elif name == "sounds":
             (tmp_path / "two").mkdir(exist_ok=True)
             for word in ("low", "high"):
-                soundfile.write(tmp_path / f"two/{word}.wav", noise(2000), 16000)
+                soundfile.write(tmp_path / f"two/{word}.wav", noise(2000, seed=len(word)), 16000)
                 (tmp_path / f"two/{word}.txt").write_text(word)
             at = SMALL.index("--guidance")              # which it has not
             where = [*where[:2], "--sounds", tmp_path / "two", *where[4:6], *SMALL[:at],

@@ -9,7 +9,7 @@ import pytest
 import runs
 import torch
 from conftest import refused
-from diffusers import DDIMScheduler, LCMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, LCMScheduler, PNDMScheduler, UNet2DConditionModel
 from runs import call, change_teacher, metrics, noise, of, read_checkpoint, same
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -255,9 +255,13 @@ def test_d_learns_from_the_start_and_the_student_when_it_is_told_to(go, plain, t
     assert len(frozen["d"]) == 3 * 6
 
 
-def test_checkpointing_and_bf16_run(go, tmp_path):
-    whole, = go(arc)[1]
+def test_checkpointing_and_bf16_run(go, tmp_path, monkeypatch):
+    whole, enabled = go(arc)[1][0], []
+    enable = UNet2DConditionModel.enable_gradient_checkpointing
+    monkeypatch.setattr(UNet2DConditionModel, "enable_gradient_checkpointing",
+                        lambda unet: enabled.append(enable(unet)))
     saving, = go(arc, "--checkpointing", out=tmp_path / "b")[1]
+    assert len(enabled) == 2                                # the student's and D's
     for key in ("grad_student", "grad_d"):
         assert saving[key] == pytest.approx(whole[key], rel=1e-3)
     half, = go(arc, "--precision", "bf16", "--d_frozen", 1, out=tmp_path / "c")[1]
