@@ -61,8 +61,8 @@ def test_the_table(what, rows, plain, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(bench, "TINY", plain)
-    timer = lambda name: lambda runs: next(seconds) if runs else None
-    build = lambda *args: {name: timer(name) for name in rows}
+    timer, batches = lambda name: lambda runs: next(seconds) if runs else None, []
+    build = lambda *args: batches.append(args[3]) or {name: timer(name) for name in rows}
     monkeypatch.setattr(bench, "sampler" if what == "sample" else "trainer", build)
     monkeypatch.setattr(bench, "peak", lambda device, dtype: 2.0)
     monkeypatch.setattr(bench, "flops", lambda f: 1.0)
@@ -72,6 +72,7 @@ def test_the_table(what, rows, plain, tmp_path, monkeypatch, capsys):
         *((f"plain fp32, {row}", "4000.0", "0.5", "25%", "-") for row in rows),
         *((f"ours, {row}", "2000.0", "1", "50%", "2.00x") for row in rows),
         *((f"fast, {row}", "1000.0", "2", "100%", "4.00x") for row in rows if what == "sample")]
+    assert batches == ([1, 2, 2, 1, 2] if what == "sample" else [1, 2, 2])      # 1: arithmetic
     assert ("a run, 1,280,000 captions, takes 355.6 h" in said) == (what == "train")
     assert not torch.backends.cudnn.allow_tf32 and not list(tmp_path.iterdir())
 

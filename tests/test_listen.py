@@ -131,6 +131,7 @@ def test_real_audio_is_the_worlds_of_that_caption(folders):
     (name, _), (_, found) = ((row["prompt"], soundfile.read(f"real/{row['file']}")[0])
                              for row in json.loads(Path("real/manifest.json").read_text()))
     rng = np.random.default_rng((score.FLOOR, 2 * 512 + 1))
+    assert {Image.open(path).size for path in Path("real").glob("*.png")} == {(1024, 256)}
     assert name == last and abs(found - world.render(rng, events, join)[0]).max() < 1e-4
     Path("p.txt").write_text("a dog barks in a dream\n")
     with pytest.raises(InputError, match="p.txt: 'a dog barks in a dream' is no held-out"):
