@@ -327,7 +327,7 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self.locked.enter_context(data.locked(self.out / "run", wait=False))
-            for own in ("", "student*/", "lora/", "teacher/unet/"):
+            for own in ("", f"{result}*/", f"{result}/unet/", "lora/"):
                 for left in self.out.glob(f"{own}*.????????.tmp"):      # by a kill during a save
                     left.unlink()
         if path.exists():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import sample
 from data import Parser, cli, number, require
-from extras.audio import encode_audio, read_audio
+from extras.audio import encode_audio, read_audio, read_file
 from extras.teacher import add_teacher, open_system
 from model import RATE
 
@@ -107,7 +107,7 @@ def main(argv=None):
     words = {p: parse_weights(p, where)[0] for p, where in sample.read_prompts(args).items()}
     require("" not in map(str.strip, words.values()), "an empty prompt; say what it sounds like")
     if args.init:
-        read_audio(args.init)                           # InputError before the work, not after
+        read_file(args.init)                            # InputError before the work, not after
 
     def opened():
         system = open_system(args, args.seconds, [*words.values(), args.init_prompt])

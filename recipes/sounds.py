@@ -56,9 +56,9 @@ def files(folder):
     return [path for path in found if path.is_file()]
 
 
-def from_metadata(folder, sounds, column):
+def from_metadata(folder, every, sounds, column):
     """{sound: its captions} by metadata.csv or .jsonl of the folder, else of those below, or {}."""
-    tables = [p for p in files(folder) if p.name in ("metadata.csv", "metadata.jsonl")]
+    tables = [p for p in every if p.name in ("metadata.csv", "metadata.jsonl")]
     tables = [p for p in tables if p.parent == folder][:1] or tables
     known, found = {os.path.abspath(p): p for p in sounds}, {p: [] for p in sounds if tables}
     for table in tables:
@@ -73,19 +73,19 @@ def from_metadata(folder, sounds, column):
 
 def read_sounds(folder, column=None):
     """A folder's sounds, {path: its captions}; InputError where one has none or is not read."""
-    sounds = [p for p in files(folder) if p.suffix.lower() in SOUNDS]
+    every = files(folder)
+    sounds = [p for p in every if p.suffix.lower() in SOUNDS]
     require(sounds, f"{folder}: holds no sound ({', '.join(SOUNDS)})")
     texts = {p: p.with_suffix(".txt") for p in sounds if p.with_suffix(".txt").is_file()}
     words = {p: re.split(r"[\s_.-]+", p.parent.name.lower()) for p in sounds if p.parent != folder}
     found = ({p: [c for row in data.read_rows(text) for c in data.row_captions(row, text)]
-              for p, text in texts.items()} or from_metadata(folder, sounds, column)
+              for p, text in texts.items()} or from_metadata(folder, every, sounds, column)
              or {p: [" ".join(w for w in ws if not w.isdigit())] for p, ws in words.items()})
     found = {p: [*dict.fromkeys(c for c in found.get(p, []) if c.strip())] for p in sounds}
-    others = [p for p in files(folder) if p.suffix.lower() in OTHERS]
-    for what, bad in (("are not read; convert", others),
+    for what, bad in (("are not read; convert", [p for p in every if p.suffix.lower() in OTHERS]),
                       ("have no caption; write one,", [p for p in sounds if not found[p]])):
         some = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
-        require(not bad, f"{folder}: {len(bad)} files {what} or remove: {some}")
+        require(not bad, f"{folder}: {len(bad)} of {len(every)} files {what} or remove: {some}")
     return found
 
 

@@ -82,6 +82,13 @@ def sine(hertz, rate):
     return (2 * math.pi * hertz * torch.arange(rate, dtype=torch.float64) / rate).sin()
 
 
+@pytest.mark.parametrize("old, new", [(22051, 16000), (15999, 48000)])      # hardly a divisor
+def test_resampling_keeps_a_sine_at_rare_rates(old, new):
+    out = resample(sine(997, old), old, new)            # taps as long as `old` would not fit
+    assert len(out) == new
+    assert (out - sine(997, new))[100:-100].abs().max() < 2e-3
+
+
 def torchaudio_s(wav, old, new):
     """torchaudio.functional.resample() written out, with its defaults."""
     old, new = old // math.gcd(old, new), new // math.gcd(old, new)

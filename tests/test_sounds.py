@@ -47,11 +47,11 @@ def test_captions_are_by_the_first_layout_and_none_is_dropped(tmp_path, monkeypa
         tone(Path(name))
         Path(name).with_suffix(".txt").write_text(f"a  {i}\nb, c\na {i}\n" * (i != 1))
     tone(mp3 := Path("02_rain/x.mp3"))
-    assert f"2 files have no caption; write one, or remove: {mp3}, {names[1]}" in tell()
+    assert f"2 of 7 files have no caption; write one, or remove: {mp3}, {names[1]}" in tell()
     Path("02_rain/x.txt").write_text("rain")            # beside both sounds, so of both
     assert tell() == "[['a 0', 'b, c'], ['rain'], ['rain'], ['a 2', 'b, c']]"
     mp3.rename("02_rain/x.M4A")
-    assert "1 files are not read; convert or remove: 02_rain/x.M4A" in tell()
+    assert "1 of 7 files are not read; convert or remove: 02_rain/x.M4A" in tell()
     [path.unlink() for path in (*tmp_path.glob("*/*.txt"), Path("02_rain/x.M4A"))]
     assert tell() == "[['dog bark'], ['rain'], ['3d printer']]"
     table = "File_Name,caption_1,caption_2\n%s,a dog,\n%s,rain,drops\n%s,print,\n" % names
@@ -63,11 +63,11 @@ def test_captions_are_by_the_first_layout_and_none_is_dropped(tmp_path, monkeypa
         assert says in tell()
     Path("metadata.jsonl").unlink(), Path("metadata.csv").unlink()
     Path("02_rain/metadata.csv").write_text("file,text\nx.wav,drops\n")     # of one split
-    assert f"2 files have no caption; write one, or remove: {names[0]}, {names[2]}" in tell()
+    assert f"2 of 4 files have no caption; write one, or remove: {names[0]}, {names[2]}" in tell()
     Path("02_rain/metadata.csv").unlink(), Path("link").symlink_to("02_rain")
     assert tell() == "[['dog bark'], ['rain'], ['3d printer'], ['link']]"
     tone(Path("0.wav"))
-    assert "1 files have no caption; write one, or remove: 0.wav" in tell()
+    assert "1 of 5 files have no caption; write one, or remove: 0.wav" in tell()
 
 
 def test_a_sound_is_mono_at_16_khz_its_loudest_part_or_padded(go, plain, tmp_path, capsys):

@@ -193,6 +193,13 @@ def test_the_shipped_rows_are_those_of_the_readme():
     assert found and set(found) <= set(score.show(table, 512).splitlines())
 
 
+@pytest.mark.slow
+def test_the_shipped_rows_are_measured_again_alike():
+    """Half a minute for real audio, minutes for the teacher."""
+    for name, row in score.baselines(score.held_out(512), [1], 625).items():
+        assert row["FD"] == pytest.approx(baselines()["systems"][name]["seeds"][1]["FD"], rel=0.02)
+
+
 # ---- scores ------------------------------------------------------------------------------------
 
 def test_ratios_are_taken_with_and_without_the_floor():
