@@ -4,7 +4,6 @@ import shutil
 import types
 from pathlib import Path
 
-import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
@@ -32,18 +31,6 @@ def student(plain, tmp_path_factory):
 
 # ---- text, in both layouts ---------------------------------------------------------------------
 
-def test_text_of_the_plain_layout(plain):
-    encode_text = TextEncoder(plain)
-    tokenizer = encode_text.tokenizer
-    ids = tokenizer("dog", return_tensors="pt").input_ids[0].tolist()
-    padded = torch.tensor([ids + [tokenizer.pad_token_id] * (77 - len(ids))])
-    expected = CLIPTextModel.from_pretrained(plain / "text_encoder")(padded).last_hidden_state
-    torch.testing.assert_close(encode_text(["dog"]), expected)
-    both = encode_text(["dog", ""])
-    assert both.shape == (2, 77, 24) and not torch.equal(both[0], both[1])
-    assert not any(p.requires_grad for p in encode_text.parameters())
-
-
 def test_text_of_the_adapter_layout(adapter, tmp_path):
     encode_text = TextEncoder(adapter)
     ids = encode_text.tokenizer("a dog", return_tensors="pt").input_ids
@@ -55,6 +42,7 @@ def test_text_of_the_adapter_layout(adapter, tmp_path):
     both = encode_text(["a dog", "a much longer dog"])
     torch.testing.assert_close(both[:1], expected, rtol=1e-4, atol=1e-5)
     assert encode_text([""]).abs().max() == 0
+    assert not any(p.requires_grad for p in encode_text.parameters())
 
     folder = shutil.copytree(adapter, tmp_path / "renamed")
     path = folder / "condition_config.json"
@@ -94,14 +82,6 @@ def test_words_that_do_not_fit_or_were_never_seen_are_told(plain):
 
 
 # ---- the schedule, and sampling against diffusers' pipeline -------------------------------------
-
-def test_the_schedule(plain):
-    theirs = diffusers.PNDMScheduler.from_pretrained(plain / "scheduler")
-    alpha, sigma = model.noise_schedule(load_scheduler(plain))
-    assert alpha.shape == sigma.shape == (1000,) and alpha.dtype == torch.float32
-    torch.testing.assert_close(alpha ** 2, theirs.alphas_cumprod)
-    torch.testing.assert_close(sigma ** 2, 1 - theirs.alphas_cumprod)
-
 
 @pytest.mark.parametrize("changes, says", [
     ({"prediction_type": "v_prediction"}, "PNDMScheduler.* prediction_type v_prediction"),
@@ -152,6 +132,7 @@ def test_a_student_is_eq_1(plain, tmp_path, t):
     z_T, text = system.noise([0, 3], 7), TextEncoder(plain)(["dog", "a cat"])
     expected = one_step(denoiser(load_unet(folder, "")), z_T, text,
                         *model.noise_schedule(load_scheduler(plain)), t)
+    assert expected.dtype == torch.float32
     assert torch.equal(system.latents(z_T, system.encode_text(["dog", "a cat"])), expected)
     assert system.folder == plain and system.seconds == 0.64 and system.shape == (4, 8, 8)
     assert system.about == {"student": str(folder), "folder": str(folder), "steps": 1,
