@@ -4,11 +4,10 @@ import copy
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from data import InputError
-from lora import TARGETS, inject, lora_disabled, lora_layers, lora_weights, save_lora
+from lora import TARGETS, inject, lora_disabled, lora_layers, save_lora
 from model import load_unet
 
 
@@ -82,7 +81,7 @@ def test_equals_the_merged_layer(layer):
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
+def test_only_adapters_train(unet):
     parameters = inject(unet.requires_grad_(True), "all", 2, 2)
     randomise(unet)
     call(unet).square().mean().backward()
@@ -91,13 +90,3 @@ def test_only_adapters_train_and_their_state_round_trips(unet, tmp_path):
     assert {id(p) for p in parameters} == {id(p) for p in trainable.values()}
     assert len(parameters) == 2 * len(lora_layers(unet))
     assert all(p.grad is not None for p in parameters)
-
-    before = call(unet)
-    save_lora(unet, tmp_path, 2, 2)
-    for p in parameters:
-        p.data.zero_()
-    assert not torch.equal(call(unet), before)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    for name, w in lora_weights(unet).items():
-        w.data.copy_(saved[name])
-    assert torch.equal(call(unet), before)
