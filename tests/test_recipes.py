@@ -59,26 +59,10 @@ def go(plain, captions, clips, tmp_path):
 
 # ---- the losses ----------------------------------------------------------------------------------
 
-def test_the_relativistic_loss_is_log_2_at_equal_scores_and_falls_with_the_preference():
-    scores = noise(3, 7)
-    torch.testing.assert_close(relativistic_loss(scores, scores), torch.full((3,), math.log(2)))
+def test_the_relativistic_loss_falls_with_the_preference():
     expected = -torch.sigmoid(torch.tensor([2.0, -1.0])).log().mean()
     found = relativistic_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
     torch.testing.assert_close(found, expected[None])
-
-
-def test_the_energy_score_of_two_gaussians_is_its_closed_form():
-    """x ~ N(m, s^2), y ~ N(0, r^2): 2 E|x - y| - E|x - x'| by the folded normal's mean."""
-    def folded(mean, std):
-        a = mean / std
-        return (std * math.sqrt(2 / math.pi) * math.exp(-a * a / 2)
-                + mean * math.erf(a / math.sqrt(2)))
-
-    for m, s, r in ((0.0, 1.0, 1.0), (0.7, 0.5, 1.2), (2.0, 1.5, 0.3)):
-        x = m + s * noise(2, 40000, 1, 1, 4, seed=1)
-        y = r * noise(40000, 1, 1, 4, seed=2)
-        expected = 2 * folded(m, math.hypot(s, r)) - folded(0, s * math.sqrt(2))
-        assert energy_loss(x, y, 1).mean().item() == pytest.approx(expected, abs=0.015)
 
 
 def test_the_energy_score_by_hand_of_patches_and_of_more_samples():
@@ -270,18 +254,13 @@ def test_checkpointing_and_bf16_run(go, tmp_path, monkeypatch):
 
 # ---- flags and bad input -------------------------------------------------------------------------
 
-def test_a_student_s_step_stays(student, captions):
-    args = call(energy.parse_args, "--init", student, "--captions", captions)
-    assert (args.guidance, args.student_t, args.out_dir) == (7.5, 625, "out_energy")
-    assert "lora_rank" not in args and "tv_weight" not in args      # VSD's, which it does not have
-
-
 def test_a_teacher_brings_defaults_of_a_recipe_s_own(broken):
     settings = json.loads((model.TINY / "swiftaudio.json").read_text())
     for recipe in (arc, consistency, energy):
         name = recipe.__name__.removeprefix("recipes.")
         args = vars(recipe.parse_args(["--teacher", "tiny", "--lr", "3"]))
         assert args["lr"] == 3 and args["decay"] and args["out_dir"] == f"out_{name}"
+        assert "lora_rank" not in args and "tv_weight" not in args      # VSD's, which it has not
         assert settings[name].items() - {"lr": settings[name]["lr"]}.items() <= args.items()
     (broken / "swiftaudio.json").write_text('{"energy": {"d_first": 2}}')
     call(arc.parse_args, "--teacher", broken, "--captions", "c.csv")
