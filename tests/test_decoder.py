@@ -12,7 +12,7 @@ import torch
 from conftest import VOCODER, write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from runs import call, metrics, read_checkpoint, refuses
+from runs import call, edit, metrics, read_checkpoint, refuses
 from safetensors.torch import load_file, save_file
 
 import model
@@ -59,9 +59,7 @@ def distil(student, *flags):
 
 def test_a_run_is_that_of_its_flags_and_of_its_student(trained, student, captions, monkeypatch):
     """Two steps by hand: which clips of which captions, from where, at which rate."""
-    about = json.loads((student / "swiftaudio.json").read_text())
-    about["timestep"] = 500
-    (student / "swiftaudio.json").write_text(json.dumps(about))
+    edit(student / "swiftaudio.json", timestep=500)
     seen, loss = [], decoder.decoder_loss
     monkeypatch.setattr(decoder, "decoder_loss", lambda *both: seen.append(
         [x.detach().clone() for x in both]) or loss(*both))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import refused, started
 from filelock import FileLock
-from runs import change_teacher, curves, metrics, read_checkpoint, result, same
+from runs import change_teacher, curves, edit, metrics, read_checkpoint, result, same
 
 import model
 import train
@@ -241,8 +241,7 @@ def test_half_of_what_torchrun_sets(words, tmp_path, monkeypatch, variables):
 
 
 def test_a_teacher_of_fewer_timesteps(go, broken, tmp_path):
-    path = broken / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 900}))
+    edit(broken / "scheduler/scheduler_config.json", num_train_timesteps=900)
     for flags in (["--t_max", 901], ["--t_max", 900, "--student_t", 900]):
         with pytest.raises(InputError, match="--t_max or --student_t is above 899"):
             go(tmp_path, "--teacher", broken, *flags)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from runs import call, refuses
+from runs import call, edit, metrics, refuses
 from safetensors.torch import load_file
 
 import model
@@ -224,8 +224,7 @@ def test_a_student_of_a_teacher_by_another_name_is_known_by_its_weights(tmp_path
     if fine:
         weights = train.fingerprint(model.load_unet(TINY))
     folder = untrained(tmp_path / "student")
-    about = read_settings(folder) | {"teacher": "gone", "identity": {"teacher's weights": weights}}
-    (folder / "swiftaudio.json").write_text(json.dumps(about))
+    edit(folder / "swiftaudio.json", teacher="gone", identity={"teacher's weights": weights})
     with contextlib.nullcontext() if fine else pytest.raises(InputError, match="is no student"):
         assert score.load_student(folder)[1]["teacher"] == "gone"
 
@@ -314,8 +313,7 @@ GOLDEN = [(0.00359, 0.2602, 0.672), (0.00304, 0.3595, 0.687), (0.00314, 0.1773, 
 def test_the_first_losses_are_those_of_the_readme(tmp_path):
     train.main(["--teacher", "tiny", "--max_steps", "3", "--log_every", "1", "--no-decay",
                 "--device", "cpu", "--out_dir", str(tmp_path)])
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    for line, expected in zip(map(json.loads, lines), GOLDEN, strict=True):
+    for line, expected in zip(metrics(tmp_path), GOLDEN, strict=True):
         # Adam's first step is +-lr for every weight, so that rounding shows: hence 5 %
         found = [line[key] for key in ("vsd", "lora", "x0_std")]
         assert found == pytest.approx(expected, rel=5e-2)
