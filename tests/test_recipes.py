@@ -67,16 +67,16 @@ def test_the_relativistic_loss_falls_with_the_preference():
 
 def test_the_energy_score_by_hand_of_patches_and_of_more_samples():
     x, y = noise(3, 2, 4, 8, 12, seed=3), noise(2, 4, 8, 12, seed=4)
-    root = math.sqrt(4 * 8 * 4)
+    root = math.sqrt(4 * 8 * 3)
 
     def length(d):
-        return sum((d[:, :, w:w + 4].norm() / root for w in (0, 4, 8))) / 3
+        return sum((d[:, :, w:w + 3].norm() / root for w in (0, 3, 6, 9))) / 4
 
     for b in range(2):
         near = sum(length(x[k, b] - y[b]) for k in range(3)) / 3
         apart = (length(x[0, b] - x[1, b]) + length(x[0, b] - x[2, b])
                  + length(x[1, b] - x[2, b])) / 3
-        assert energy_loss(x, y, 4)[b].item() == pytest.approx((2 * near - apart).item(), abs=1e-5)
+        assert energy_loss(x, y, 3)[b].item() == pytest.approx((2 * near - apart).item(), abs=1e-5)
     x.zero_().requires_grad_()                          # clips that agree have a gradient, too
     energy_loss(x, y).sum().backward()
     assert x.grad.isfinite().all() and x.grad.any()
@@ -387,7 +387,8 @@ def test_a_gaussian_s_own_consistency_function_has_the_least_loss_and_less_in_mo
 
 
 @pytest.mark.parametrize("seed, ode_steps, kind, ema, given", [
-    (3, 2, "l2", 0.05, ["--seed", 3, "--ode_steps", 2, "--loss", "l2"]), (0, 50, "huber", 0, [])])
+    (3, 2, "l2", 0.9, ["--seed", 3, "--ode_steps", 2, "--loss", "l2", "--lr", 0.01]),
+    (0, 50, "huber", 0, [])])
 def test_steps_of_a_run_are_lcm_s(go, plain, broken, captions, seed, ode_steps, kind, ema, given,
                                   tmp_path):
     """Its flags, --init, what it draws, and in the second step the target, which lags behind.
@@ -421,6 +422,5 @@ def test_steps_of_a_run_are_lcm_s(go, plain, broken, captions, seed, ode_steps, 
         x = diffuse(made[rows], t, noises[0], ALPHA, SIGMA)
         loss = of_lcm(student, target, teacher, x, t, text, 3, ode_steps, kind).mean()
         loss.backward()
-        norm = torch.stack([w.grad.norm() for w in student.parameters()]).norm()
         assert lines[n]["consistency"] == pytest.approx(loss.item(), rel=2e-3)
-        assert lines[n]["grad_student"] == pytest.approx(norm.item(), rel=2e-3)
+        assert lines[n]["grad_student"] == norm_of(student.parameters())
