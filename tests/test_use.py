@@ -1,5 +1,4 @@
 """docs/USE.md and README.md: each piece of Python runs, and does what it says."""
-import os
 import re
 import runpy
 import shutil
@@ -39,14 +38,12 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def names(home):
     """What the pieces of plain diffusers and PEFT define, run one after the other."""
-    before, found = os.getcwd(), {}
-    os.chdir(home)
-    try:
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
         torch.manual_seed(0)
         for piece in (DIFFUSERS, DDIM, PEFT):
             exec(piece, found)
-    finally:
-        os.chdir(before)
     return found
 
 
