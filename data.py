@@ -13,16 +13,14 @@ import os
 import re
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
 
-# ---- what all commands share: errors of one line, flags with bounds, files that are whole --------
 
+# ---- what all commands share: errors of one line, flags with bounds, files that are whole --------
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line that says what to do."""
 
@@ -51,11 +49,7 @@ class Display:
 
 
 def cli(main):
-    """Run a command: what is wrong with its input or the files ends it in one line, exit code 1.
-
-    torchrun's process group is destroyed here, once main() has freed its networks: a DDP that is
-    the last to hold it can deadlock (docs/LOG.md, 2026-11-21). main may return an exit code.
-    """
+    """Run a command: what is wrong with its input or the files ends it in one line, exit code 1."""
     for name in "stdout", "stderr":
         if getattr(sys, name) is getattr(sys, f"__{name}__"):           # a notebook has its own
             setattr(sys, name, Display(getattr(sys, name)))
@@ -65,9 +59,10 @@ def cli(main):
         sys.exit("error: " + " ".join(str(e).split()))
     except KeyboardInterrupt:
         sys.exit(130)
-    if dist.is_initialized():
-        dist.barrier()                                  # none leaves while another still saves
-        dist.destroy_process_group()
+    if torch.distributed.is_initialized():
+        # none leaves while another saves; a DDP that is the last to hold the group can deadlock
+        torch.distributed.barrier()                     # (docs/LOG.md, 2026-11-21)
+        torch.distributed.destroy_process_group()
     if code:
         sys.exit(code)
 
@@ -76,12 +71,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that shows defaults in --help and complains in one line."""
 
     def __init__(self, description, **kw):
-        wide = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
-        super().__init__(description=description.split("\n\n")[0], formatter_class=wide,
-                         allow_abbrev=False, **kw)
-
-    def format_help(self):
-        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
+        super().__init__(description=description.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kw)
 
     def error(self, message):
         raise InputError(message.removeprefix("argument "))
@@ -94,7 +85,6 @@ def number(kind, low=0, high=1e38):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must be between {low} and {high:g}")
         return value
-
     parse.__name__ = kind.__name__                      # argparse names it in "invalid int value"
     return parse
 
@@ -108,11 +98,8 @@ def read_json(path):
 
 
 def replace_file(path, save):
-    """Call save(temporary path), then rename: a killed program leaves the old file or the new.
-
-    The temporary name is this call's own, as two programs may write one file.
-    """
-    temporary = Path(f"{path}.{uuid.uuid4().hex[:8]}.tmp")
+    """Call save(temporary path), then rename: a killed program leaves the old file or the new."""
+    temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")       # as two programs may write one file
     try:
         save(temporary)
         try:
@@ -123,8 +110,7 @@ def replace_file(path, save):
     except Exception as e:                              # each library has its own error
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path}: not saved ({' '.join(str(e).split())[:200]}; is the disk full?)."
-                         " What was there before is intact")
+        raise InputError(f"{path}: not saved, kept as it was ({' '.join(str(e).split())[:200]})")
 
 
 def replace_text(path, text):
@@ -132,24 +118,18 @@ def replace_text(path, text):
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-@contextlib.contextmanager
 def locked(path, wait=True):
-    """Let one process at a time write here; where the file system has no locks, any."""
+    """For `with`: let one process at a time write here; without locks on the file system, any."""
     lock = FileLock(f"{path}.lock", timeout=-1 if wait else 0, is_singleton=True)
     try:
-        lock.acquire()
+        return lock.acquire()
     except Timeout:
         raise InputError(f"{path.parent}: another process writes there; choose another folder")
     except (OSError, NotImplementedError):              # as of some clusters
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+        return contextlib.nullcontext()
 
 
 # ---- captions ------------------------------------------------------------------------------------
-
 NAMES = ("caption", "captions", "text", "prompt", "description", "sentence")  # first match wins
 
 
@@ -160,7 +140,6 @@ def read_rows(path, column=None):
     """
     path = Path(path)
     kind, known = path.suffix.lower(), ".csv, .tsv, .txt, .json or .jsonl"
-    require(path.is_file(), f"{path}: no such file; pass a {known} file")
     require(kind in known.replace(",", "").split(), f"{path}: unknown ending {kind!r}; use {known}")
     try:
         text = path.read_text("utf-8").replace("\ufeff", "")   # a BOM, or one of each file in `cat`
@@ -182,15 +161,11 @@ def csv_rows(path, text, delimiter):
     except csv.Error as e:
         raise InputError(f"{path}: row {len(rows) + 1}: a quote is misplaced or not closed ({e})")
     names = table.fieldnames or []
-    others = [c for c in ";\t|," if len(names) == 1 and c in names[0]]
-    require(not others, f"{path}: its columns are separated by {''.join(others)!r}, where a "
-            f"{path.suffix} has {delimiter!r}; convert it")
     require(len(set(names)) == len(names), f"{path}: one name twice: {names}")
     for n, row in enumerate(rows, 1):
         require(None not in row, f"{path}: row {n} has more cells than the header, {len(names)}; "
                 f"put quotes around text that holds {delimiter!r}")
-    whole = [None not in (cells := [*row.values()]) and cells != names for row in rows]
-    return [row if fine else None for row, fine in zip(rows, whole)]
+    return [None if None in row.values() or [*row.values()] == names else row for row in rows]
 
 
 def json_rows(path, text, column):
@@ -240,10 +215,7 @@ def row_captions(row, where, column=None):
 
 
 def read_captions(path, column=None, limit=None):
-    """Read the distinct captions of a file, in its order, and count what was left out.
-
-    column: their column or key. limit: keep the first `limit`. InputError names file and row.
-    """
+    """Read a file's distinct captions, the first `limit`, in its order; count what is left out."""
     rows = read_rows(path, column)
     found = [caption for n, row in enumerate(rows, 1) if row is not None
              for caption in row_captions(row, f"{path}: row {n}", column)]
@@ -255,7 +227,6 @@ def read_captions(path, column=None, limit=None):
 
 
 # ---- randomness ----------------------------------------------------------------------------------
-
 @functools.lru_cache(2)
 def order(count, seed, epoch):
     """The order of captions in an epoch: a permutation of range(count)."""
@@ -271,8 +242,8 @@ def caption_at(captions, seed, n):
 def draw_batch(numbers, seed, shape, t_min, t_max, T):
     """Draw the random numbers of samples of a run: a tensor (B, ...) of each.
 
-    z_T, eps, eps_lora of `shape`; t uniform in [t_min, t_max) for eq. 3 (SwiftBrush's range by
-    default); t_lora uniform in [0, T] for eq. 8; u in [0, 1), which drops the caption.
+    z_T, eps, eps_lora of `shape`; uniform t in [t_min, t_max) for eq. 3 (SwiftBrush's range),
+    t_lora in [0, T] for eq. 8, u in [0, 1), which drops the caption.
     """
     generators = [np.random.default_rng((seed, 1, n)) for n in numbers]
     rows = [(*rng.standard_normal((3, *shape), dtype=np.float32), rng.integers(t_min, t_max),

@@ -2,16 +2,10 @@
 
 An adapted layer keeps its frozen weight and its name, so that the network with its adapters off is
 the network it was, bit for bit: one UNet is both the teacher and the LoRA teacher.
-
-    inject(unet, "qv", rank=64, alpha=128)
-    with torch.no_grad(), lora_disabled(unet):
-        eps_teacher = unet(x, t, text).sample
-    eps_lora = unet(x, t, text).sample
 """
 import contextlib
 import json
 import math
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -23,7 +17,6 @@ from data import replace_file, replace_text, require
 TARGETS = {
     "qv": lambda name, module: name.endswith((".to_q", ".to_v")),
     "attention": lambda name, module: name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")),
-    "linear": lambda name, module: isinstance(module, nn.Linear),
     "all": lambda name, module: True,                               # convolutions too
 }
 
@@ -33,21 +26,19 @@ class LoRA:
 
     def forward(self, x):
         y = super().forward(x)
-        return y + self.scale * self.lora_B(self.lora_A(x)) if self.enabled else y
+        return y + self.scale * self.lora_B(self.lora_A(x)) if self.switch["on"] else y
 
 
 TWINS = {kind: type(f"LoRA{kind.__name__}", (LoRA, kind), {}) for kind in (nn.Linear, nn.Conv2d)}
 
 
 def inject(network, targets="qv", rank=64, alpha=128):
-    """Freeze a network, give the layers of TARGETS[targets] adapters, and return their weights.
-
-    In place, and no weight is copied. The defaults are train.py's.
-    """
+    """Freeze a network, give its layers of TARGETS[targets] adapters; return their weights."""
     network.requires_grad_(False)
     found = [module for name, module in network.named_modules()
              if type(module) in TWINS and TARGETS[targets](name, module)]
     require(found, f"no layer of this network matches targets={targets!r}")
+    network.lora_switch = {"on": True}                              # one for all of its layers
     for layer in found:
         kw = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
         layer.__class__ = TWINS[type(layer)]
@@ -58,7 +49,7 @@ def inject(network, targets="qv", rank=64, alpha=128):
             layer.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
                                      layer.padding, **kw)
             layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, **kw)
-        layer.scale, layer.enabled = alpha / rank, True
+        layer.scale, layer.switch = alpha / rank, network.lora_switch
         nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))   # as loralib and PEFT do
         nn.init.zeros_(layer.lora_B.weight)                         # so that it starts as the base
     return list(lora_weights(network).values())
@@ -76,33 +67,23 @@ def lora_weights(network):
 
 @contextlib.contextmanager
 def lora_disabled(network):
-    """Switch every adapter off inside, and back to what it was afterwards; these blocks nest.
+    """Switch every adapter off inside; these blocks nest.
 
-    Only for whole forward passes without gradient: activation checkpointing runs the forward
-    again during backward, with whatever is switched on then.
+    Only for forward passes without gradient, which checkpointing does not run again later.
     """
-    before = {m: m.enabled for m in lora_layers(network).values()}
+    before, network.lora_switch["on"] = network.lora_switch["on"], False
     try:
-        for m in before:
-            m.enabled = False
         yield
     finally:
-        for m, enabled in before.items():
-            m.enabled = enabled
+        network.lora_switch["on"] = before
 
 
 def save_lora(network, folder, rank, alpha):
-    """Write adapter_config.json and adapter_model.safetensors, which both libraries load.
-
-    PeftModel.from_pretrained(unet, folder), or unet.load_lora_adapter(folder,
-    weight_name="adapter_model.safetensors", prefix="base_model.model").
-    """
-    folder = Path(folder)
+    """Write what PEFT and diffusers load: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(lora_layers(network)),
-              "rank_pattern": {}, "alpha_pattern": {}}              # diffusers 0.36 wants them
-    replace_text(folder / "adapter_config.json",
-                 json.dumps({"peft_type": "LORA", **config}, indent=2) + "\n")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "rank_pattern": {},
+              "alpha_pattern": {}, "target_modules": sorted(lora_layers(network))}
+    replace_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     # diffusers looks for alpha in the file's own metadata and would take alpha = rank without it
     about = json.dumps({f"base_model.model.{k}": v for k, v in config.items()})
     state = {k: w.detach().contiguous() for k, w in lora_weights(network).items()}

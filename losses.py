@@ -44,7 +44,6 @@ def guided(eps, null, scale):
         texts = torch.cat([text, null.expand_as(text)])                     # (2 B, tokens, dim)
         cond, uncond = eps(torch.cat([x, x]), torch.cat([t, t]), texts).chunk(2)
         return uncond + scale * (cond - uncond)
-
     return guided_eps
 
 

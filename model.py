@@ -1,10 +1,6 @@
 """A text-to-audio model in Auffusion's layout on disk, and the Python API to run it.
 
     text -> CLIP embedding -> UNet (latents) -> VAE decoder (image of a log-mel) -> vocoder -> audio
-
-    from model import load_student
-    system = load_student("out/student")
-    wavs = system(["a dog barks"], seed=0)          # (1, N) in [-1, 1] at 16 kHz, as sample.py's
 """
 import contextlib
 import math
@@ -15,10 +11,7 @@ from pathlib import Path
 import diffusers
 import huggingface_hub
 import torch
-import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
@@ -34,7 +27,6 @@ RATE, HOP = 16000, 160                                  # Auffusion's mel frames
 LOG_MIN, LOG_MAX = math.log(1e-5), math.log(200)        # log-mels of the image's black and white
 
 # ---- where a model is, and where it runs ---------------------------------------------------------
-
 # What the hub is asked for: settings, then what training reads, then what hearing reads besides.
 SETTINGS = ["swiftaudio.json"]
 TO_TRAIN = [*SETTINGS, "unet/*", "text_encoder*", "tokenizer/*", "condition_*", "scheduler/*",
@@ -73,10 +65,7 @@ def read_settings(folder):
 
 
 def open_student(name):
-    """Find a student's UNet: (folder, subfolder, its swiftaudio.json or {}).
-
-    That names folders and files as ./NAME; where they are, paths.json says, beside the student.
-    """
+    """Find a student's UNet: (folder, subfolder, its swiftaudio.json with local paths, or {})."""
     require(name != "out/student" or Path(name).exists(), "out/student: no student there yet; "
             "train one (python train.py --teacher tiny) or pass --student")
     folder = find(name, STUDENT)
@@ -85,10 +74,7 @@ def open_student(name):
             "train.py (swiftaudio.json, ...) nor a complete model (unet/, ...)")
     if "teacher" not in about:
         return folder, "unet", {}
-    paths = read_json(beside) if beside.exists() else {}
-    for values, key in ((about, "teacher"), (about.get("flags", {}), "captions")):
-        values[key] = paths.get(values.get(key), values.get(key))
-    return folder, "", about
+    return folder, "", about | (read_json(beside) if beside.exists() else {})
 
 
 def small_parts(folder):
@@ -129,11 +115,9 @@ def pick_device(name=None, exact=False):
 
 
 # ---- its parts -----------------------------------------------------------------------------------
-
-def load_part(folder, part, load):
-    """Return load(folder / part), or InputError with its path; part "" is the folder itself."""
-    path = Path(folder) / part
-    require(path.is_dir(), f"{folder}: lacks {part}/ (docs/REPRODUCE.md)")
+def load_part(path, load):
+    """Return load(path) of a part's folder, or InputError with the path."""
+    require(path.is_dir(), f"{path}: is missing (docs/REPRODUCE.md)")
     try:
         return load(path)
     except Exception as e:                              # each library fails in its own way
@@ -160,10 +144,10 @@ def pretrained(cls, **kw):
     return load
 
 
-def load_unet(folder, part="unet", dtype=torch.float32):
+def load_unet(folder, part="unet"):
     """Load the UNet2DConditionModel of a folder, frozen."""
-    unet = load_part(folder, part, pretrained(UNet2DConditionModel))
-    return unet.to(dtype, memory_format=torch.channels_last)
+    unet = load_part(Path(folder, part), pretrained(diffusers.UNet2DConditionModel))
+    return unet.to(memory_format=torch.channels_last)
 
 
 # Settings of UNet and VAE that ask for what this method does not do.
@@ -174,11 +158,10 @@ UNKNOWN = ("class_embed_type num_class_embeds time_cond_proj_dim addition_embed_
 def check_fit(folder, unet, encode_text):
     """InputError unless a teacher's parts and `unet`, its own or a student's, fit each other."""
     vae, vocoder = (read_json(Path(folder) / part / "config.json") for part in ("vae", "vocoder"))
-    found = {"hop_size": HOP, "upsample_rates": [HOP], "sampling_rate": RATE, **vae, **vocoder,
-             **unet.config}
-    found["upsample_rates"] = math.prod(found["upsample_rates"])
-    needed = {key: vae.get("latent_channels", 4) for key in ("in_channels", "out_channels")}
-    needed |= {"cross_attention_dim": encode_text.dim, "hop_size": HOP, "upsample_rates": HOP,
+    hop = math.prod(vocoder.get("upsample_rates", [vocoder.get("hop_size", HOP)]))
+    found = {"sampling_rate": RATE, **vae, **vocoder, **unet.config, "upsample_rates": hop}
+    needed = dict.fromkeys(("in_channels", "out_channels"), vae["latent_channels"])
+    needed |= {"cross_attention_dim": encode_text.dim, "upsample_rates": HOP,
                "sampling_rate": RATE, **dict.fromkeys(UNKNOWN)}
     for key, fits in needed.items():
         require(found.get(key) == fits, f"{folder}: its parts, or a student, do not fit: {key} is "
@@ -187,7 +170,7 @@ def check_fit(folder, unet, encode_text):
 
 def load_scheduler(folder):
     """Load a folder's diffusers scheduler; InputError where this method cannot use it."""
-    found = load_part(folder, "scheduler", lambda path: getattr(diffusers, read_json(
+    found = load_part(Path(folder, "scheduler"), lambda path: getattr(diffusers, read_json(
         path / "scheduler_config.json")["_class_name"]).from_pretrained(path))
     kind, alphas = found.config.get("prediction_type"), getattr(found, "alphas_cumprod", [0])
     require(kind == "epsilon" and alphas[-1] > 0, f"{folder}/scheduler: {type(found).__name__}, "
@@ -206,10 +189,9 @@ def latent_shape(folder, seconds=None):
     vae, vocoder = (read_json(Path(folder) / part / "config.json") for part in ("vae", "vocoder"))
     seconds = seconds or read_settings(folder).get("seconds", 10.24)
     stride = 2 ** (len(vae["block_out_channels"]) - 1)                  # 8
-    width = seconds * RATE / HOP / stride
-    require(abs(width - round(width)) < 1e-6, f"--seconds {seconds}: not a multiple of "
-            f"{stride * HOP / RATE} s, one column of latents")
-    return vae["latent_channels"], vocoder["num_mels"] // stride, round(width)
+    width = round(seconds * RATE / HOP / stride, 6)
+    require(width % 1 == 0, f"--seconds {seconds}: not a multiple of {stride * HOP / RATE}")
+    return vae["latent_channels"], vocoder["num_mels"] // stride, int(width)
 
 
 class TextEncoder(nn.Module):
@@ -224,10 +206,10 @@ class TextEncoder(nn.Module):
             require(len(listed) == 1 and set(names) <= set(listed[0]),
                     f"{conditions}: must list one {' and one '.join(names)}")
             encoder = tokenizer = listed[0][names[0]]
-            self.adapter = load_part(folder, listed[0][names[1]], load_adapter)
-        self.tokenizer = load_part(folder, tokenizer, AutoTokenizer.from_pretrained)
+            self.adapter = load_part(Path(folder, listed[0][names[1]]), load_adapter)
+        self.tokenizer = load_part(Path(folder, tokenizer), AutoTokenizer.from_pretrained)
         # transformers would otherwise round the weights to the dtype that config.json names
-        self.clip = load_part(folder, encoder, pretrained(CLIPTextModel, dtype=torch.float32))
+        self.clip = load_part(Path(folder, encoder), pretrained(CLIPTextModel, dtype=torch.float32))
         self.tokens = self.clip.config.max_position_embeddings          # 77
         n, most, pad = len(self.tokenizer), self.clip.config.vocab_size, self.tokenizer.pad_token
         require(pad and n <= most, f"{folder}: its tokenizer has {n} tokens and pad_token {pad}; "
@@ -258,8 +240,7 @@ class TextEncoder(nn.Module):
         tokens = prompts and self.tokenize(prompts, cut=False, verbose=False)["input_ids"]
         for prompt, ids in zip(prompts, tokens):
             if len(ids) > self.tokens:
-                cut = tokenizer.decode(ids[self.tokens - 1:-1])[:80]
-                found[prompt] = f"{len(ids)} tokens, {self.tokens} fit; cut: {cut!r}"
+                found[prompt] = f"{prompt[:80]!r}: {len(ids)} tokens, {self.tokens} fit"
             elif unknown & set(ids):
                 words = str([w for w in prompt.split() if unknown & set(tokenizer.encode(w))])
                 found[prompt] = f"{prompt[:80]!r}: the teacher has never seen {words[1:-1][:200]}"
@@ -276,18 +257,16 @@ def load_adapter(path):
 
 
 # ---- from latents to sound -----------------------------------------------------------------------
-
 class Decoder(nn.Module):
     """Latents -> log-mel -> waveform: VAE and vocoder, or the small_parts() in their place."""
 
     def __init__(self, folder, dtype=torch.float32, small={}):
         super().__init__()
-        self.vae = (load_part(small["decoder"], "", pretrained(AutoencoderTiny))
-                    if "decoder" in small else load_part(folder, "vae", pretrained(AutoencoderKL)))
+        kind = diffusers.AutoencoderTiny if "decoder" in small else diffusers.AutoencoderKL
+        self.vae = load_part(Path(small.get("decoder", f"{folder}/vae")), pretrained(kind))
         self.vae.to(dtype, memory_format=torch.channels_last)
         # bf16 would leave HiFi-GAN's noise 35 to 46 dB below the signal; fp16 has 3 more bits
-        home = Path(small["vocoder"]).parent if "vocoder" in small else folder
-        self.vocoder = load_part(home, "vocoder", load_vocoder)
+        self.vocoder = load_part(Path(small.get("vocoder", f"{folder}/vocoder")), load_vocoder)
         self.vocoder.to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_(False)
 
     def decode(self, x0):
@@ -306,76 +285,17 @@ def image_to_mel(image):
     return brightness * (LOG_MAX - LOG_MIN) + LOG_MIN
 
 
-class FrameVocoder(nn.Module):
-    """ConvNeXt blocks at the frame rate, then an inverse STFT, as in Vocos (arXiv 2306.00814).
-
-    Bins turn at their own rate, so that steady tones go on. With `noise` white noise joins, in each
-    bin as loud as the network says, for mels do not determine rain. Nothing is complex, for ONNX.
-    """
-
-    def __init__(self, num_mels, width, hidden, blocks, noise, n_fft, hop_size):
-        super().__init__()
-        self.hop, self.n_fft, self.bins, self.noisy = hop_size, n_fft, n_fft // 2 + 1, noise
-        self.first = nn.Conv1d(num_mels, width, 7, padding=3)
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 7, padding=3, groups=width)
-                                   for _ in range(blocks))
-        self.mixers = nn.ModuleList(nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-            for _ in range(blocks))
-        self.norm, self.prior = nn.LayerNorm(width), nn.Linear(num_mels, self.bins)
-        self.head = nn.Linear(width, (2 + noise) * self.bins)
-        window = torch.hann_window(n_fft, dtype=torch.float64)
-        eye = torch.eye(self.bins, dtype=torch.complex128)
-        bases = torch.fft.irfft(torch.cat([eye, 1j * eye]), n_fft) * window
-        self.inverse = (bases * hop_size / window.square().sum()).float()   # no buffer: half()
-
-    dtype = property(lambda self: self.head.weight.dtype)
-
-    def istft(self, spectrum):
-        """Real and imaginary parts (B, T, 2 bins) -> (B, T * hop), the ends faded by the window."""
-        frames = (spectrum @ self.inverse.to(spectrum.device)).unflatten(2, (-1, self.hop))
-        more = frames.shape[2] - 1
-        wav = sum(F.pad(frames[:, :, i], (0, 0, i, more - i)) for i in range(more + 1)).flatten(1)
-        return wav[:, more * self.hop // 2:][:, :spectrum.shape[1] * self.hop]
-
-    def draw(self, frames):
-        """White noise (1, frames, 2 bins), the same in any batch."""
-        return torch.randn(1, frames, 2 * self.bins, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, mel, noise=None):                 # (B, T, M), (1 or B, T, 2 bins)
-        x = self.first((mel + 4).transpose(1, 2) / 4)
-        for conv, mixer in zip(self.convs, self.mixers):
-            x = x + mixer(conv(x).transpose(1, 2)).transpose(1, 2)
-        phase, *loud = self.head(self.norm(x.transpose(1, 2))).float().split(self.bins, 2)
-        turns = torch.outer(torch.arange(mel.shape[1]) * self.hop, torch.arange(self.bins))
-        phase = phase + (turns % self.n_fft).to(mel.device) * (2 * math.pi / self.n_fft)
-        loud = [(self.prior(mel) + one).clamp(max=6).exp().repeat(1, 1, 2) for one in loud]
-        parts = [torch.cat([phase.cos(), phase.sin()], 2)]
-        if self.noisy:
-            parts.append((self.draw(mel.shape[1]) if noise is None else noise).to(mel.device))
-        return self.istft(sum(a * b for a, b in zip(loud, parts))).clamp(-1, 1)
-
-
 def load_vocoder(path):
-    """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1].
-
-    HiFi-GAN (arXiv 2010.05646) as published, its weight norm folded in; or ours, a FrameVocoder or
-    the tiny teacher's.
-    """
+    """Load a vocoder: log-mels (B, frames, num_mels) -> waveforms (B, frames * HOP) in [-1, 1]."""
     config = read_json(path / "config.json")
-    if "width" in config:
-        vocoder = FrameVocoder(**config)
-        vocoder.load_state_dict(load_file(path / "model.safetensors"))
-        return vocoder.float().eval()
-    if "griffin_lim" in config:
-        brought = runpy.run_path(TINY / "vocoder/griffin_lim.py")  # ours: a model brings no code
-        return brought["GriffinLim"](config["num_mels"], config["griffin_lim"])
+    if "resblock" not in config:                        # no model brings code: ours has it
+        return runpy.run_path(TINY / "vocoder/vocoders.py")["load"](path, config)
     stored = torch.load(path / "vocoder.pt", map_location="cpu", weights_only=True)["generator"]
-    # transformers has the network under other names, without weight norm
+    # transformers has HiFi-GAN (arXiv 2010.05646) under other names, without weight norm
     state = {k.replace("ups.", "upsampler."): v.float() for k, v in stored.items()}
     for k in [k for k in state if k.endswith("weight_v")]:
         g, v = state.pop(k[:-1] + "g"), state.pop(k)
-        state[k[:-2]] = g * F.normalize(v, dim=(1, 2))                  # w = g v / |v|
+        state[k[:-2]] = g * (v / v.norm(dim=(1, 2), keepdim=True))      # w = g v / |v|
     vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(
         model_in_dim=config["num_mels"], normalize_before=False, **config))
     for layer in vocoder.upsampler:             # and without Auffusion's odd kernel - rate
@@ -386,7 +306,6 @@ def load_vocoder(path):
 
 
 # ---- sampling ------------------------------------------------------------------------------------
-
 def denoiser(unet, autocast=None):
     """A UNet as losses.py sees it: eps(x_t, t, text) of x_t (B, 4, h, w) and t (B,), in fp32."""
     dtype = next(unet.parameters()).dtype
@@ -394,15 +313,13 @@ def denoiser(unet, autocast=None):
     def eps(x, t, text):
         with autocast or contextlib.nullcontext():
             return unet(x.to(dtype), t, text.to(dtype)).sample.float()
-
     return eps
 
 
 class System:
     """A text-to-audio model from prompts to sound, in one step from t (T, if t is None).
 
-    Has encode_text, decoder, unet, eps, shape (C, h, w) of the latents, seconds, and about, a dict
-    that says which system it is.
+    Has encode_text, decoder, unet, eps, shape (C, h, w), seconds and about: which system it is.
     """
 
     def __init__(self, folder, unet, about, seconds=None, precision="auto", device=None, t=None,
@@ -416,8 +333,7 @@ class System:
         check_fit(folder, unet, self.encode_text)
         self.decoder = Decoder(folder, dtype, small).to(device)
         self.unet = unet.to(device, dtype)
-        self.scheduler = load_scheduler(folder)
-        self.schedule = noise_schedule(self.scheduler, device)
+        self.schedule = noise_schedule(load_scheduler(folder), device)
         self.t, self.eps = t, denoiser(unet)
 
     def latents(self, z_T, text):
@@ -436,10 +352,7 @@ class System:
         return mel.cpu(), self.decoder.vocode(mel).cpu().numpy()
 
     def __call__(self, prompts, seed=0, k=0):
-        """Waveforms (B, N) in [-1, 1] at RATE, as in sample.py: numpy.
-
-        Of each prompt clip k; of one that comes again the next, k + 1, and so on.
-        """
+        """Make clip k of each prompt, k + 1 where it comes again: waveforms (B, N), numpy."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = [k + prompts[:i].count(prompt) for i, prompt in enumerate(prompts)]
         return self.make(prompts, self.noise(numbers, seed))[1]
@@ -447,15 +360,11 @@ class System:
 
 def load_student(name="out/student", teacher=None, seconds=None, decoder="vae", precision="auto",
                  device=None):
-    """Load a one-step student: a folder of train.py, or a complete model (folder or hub name).
-
-    teacher: if not its own. decoder "fast": with its small_parts(). precision: or "fp32".
-    """
+    """Load a one-step student or a complete model (folder, hub name); "fast": its small_parts()."""
     folder, part, made = open_student(name)
     small = {"vae": {}, "fast": small_parts(folder)}[decoder]
-    require(small or decoder == "vae", f"{folder}: has no small decoder or vocoder; make one: "
-            f"python -m recipes.decoder, or recipes.vocoder, --student {name}")
+    require(small or decoder == "vae", f"{folder}: no small decoder or vocoder; recipes/ make them")
     home = find(teacher or made.get("teacher", name), TO_HEAR, skip=["unet/diffusion*"])
     about = {"student": str(Path(name)), "folder": str(folder / part), "steps": 1}
-    return System(home, load_unet(folder, part), about | small, seconds or made.get("seconds"),
-                  precision, device, made.get("timestep"), small)
+    return System(home, load_unet(folder, part), about | small, seconds, precision,
+                  device, made.get("timestep"), small)

@@ -116,11 +116,10 @@ def write_clips(args, prompts, load, more={}):
     rows = {}
     try:
         for i in tqdm(range(0, len(clips), args.batch_size), "batches"):
-            part = clips[i:i + args.batch_size]
-            mels, wavs = system.make([prompt for prompt, _ in part],
-                                     system.noise([k for _, k in part], args.seed))
+            words, ks = zip(*clips[i:i + args.batch_size])
+            mels, wavs = system.make(words, system.noise(ks, args.seed))
             out.mkdir(parents=True, exist_ok=True)
-            for (prompt, k), wav, mel in zip(part, wavs, mels):
+            for prompt, k, wav, mel in zip(words, ks, wavs, mels):
                 path = paths[prompt, k]
                 replace_file(path, lambda tmp: soundfile.write(tmp, wav, RATE, "PCM_16",
                                                                format="WAV"))

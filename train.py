@@ -10,7 +10,6 @@ The same command again resumes, bit for bit (a GPU's own nondeterminism aside). 
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -34,7 +33,6 @@ from losses import guided, lora_loss, one_step, tv_loss, vsd_loss
 from model import denoiser, load_unet, read_settings
 
 # ---- flags ---------------------------------------------------------------------------------------
-
 count, positive, beta = number(int, 1), number(float), number(float, 0, 0.99999)
 AUFFUSION = "auffusion/auffusion-full-no-adapter"
 
@@ -96,7 +94,6 @@ def parse_args(argv=None):
 
 
 # ---- the method (the paper's Algorithm 1) --------------------------------------------------------
-
 def main(argv=None):
     args = parse_args(argv)
     run = start(args)
@@ -110,10 +107,10 @@ def main(argv=None):
     opts = {name: adamw(args, weights[name], rates[name]) for name in rates}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     run.resume(weights, opts)
-    nets = prepare(run, {"student": run.student, "lora": run.unet})
+    nets = [prepare(run, net) for net in (run.student, run.unet)]
 
     # Three denoisers: with its adapters off, the frozen UNet is the teacher; on, the LoRA teacher.
-    student, lora_teacher = (denoiser(net, run.amp) for net in nets.values())
+    student, lora_teacher = (denoiser(net, run.amp) for net in nets)
 
     def teacher(x, t, text):
         with lora_disabled(run.unet):
@@ -133,7 +130,7 @@ def main(argv=None):
             z_T, eps, eps_lora, t, t_lora, u = (x.to(device) for x in draw_batch(
                 numbers, args.seed, run.shape, args.t_min, args.t_max, run.T))
             text = run.encode_text([caption_at(run.captions, args.seed, n) for n in numbers])
-            for net in nets.values():           # DDP averages gradients once a step
+            for net in nets:                    # DDP averages gradients once a step
                 net.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # Student: one pass from noise to x0, moved along the two teachers' difference.
@@ -161,12 +158,10 @@ def main(argv=None):
 
 
 # ---- flags of several sources; from here on, what recipes/ use too -------------------------------
-
 def parse_run(p, argv, recipe=None):
     """Parse a training script's flags: those given, else the teacher's own of swiftaudio.json.
 
-    recipe: whose section there counts after "train". The step of --init's student stays as it was,
-    its captions too, unless --teacher is another.
+    recipe: whose section counts after "train". --init brings its step, its captions and teacher.
     """
     argv = sys.argv[1:] if argv is None else argv
     given = p.parse_args(argv)
@@ -178,11 +173,9 @@ def parse_run(p, argv, recipe=None):
     if "captions" in values:
         values["captions"] = str(home / values["captions"])
     values |= {"teacher": teacher, "student_t": about.get("timestep", values.get("student_t"))}
-    which, theirs = ("captions", "caption_column", "max_captions"), about.get("flags", {})
-    if not (given.teacher or str(theirs.get("captions", "./")).startswith("./")):   # known here
-        values |= {name: theirs.get(name) for name in which}
-    if given.captions:
-        values |= dict.fromkeys(which)
+    known = about if about.get("captions") and not given.teacher else values
+    source = {} if given.captions else known
+    values |= {name: source.get(name) for name in ("captions", "caption_column", "max_captions")}
     words = [f"--{name}" if value is True else f"--{name}={value}"
              for name, value in values.items() if value is not None and value is not False]
     try:
@@ -198,13 +191,11 @@ def parse_run(p, argv, recipe=None):
 
 
 # ---- the networks --------------------------------------------------------------------------------
-
 def start(args):
     """Start the processes and load what a training script needs: a Run, with these besides.
 
-    device; amp, autocast's context; captions; folder, the teacher's; encode_text; null (1, tokens,
-    dim); shape (C, h, w) of latents; alpha, sigma (T + 1,); T; scheduler; student and unet, the
-    networks.
+    device; amp (autocast); captions; folder, the teacher's; encode_text; null (1, tokens, dim);
+    shape (C, h, w) of latents; alpha, sigma (T + 1,); T; scheduler; the networks student and unet.
     """
     run = Run(args, args.out_dir)
     run.device = device = model.pick_device(args.device, exact=args.precision == "fp32")
@@ -270,20 +261,16 @@ def average(weights, ema, step):
         torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 
 
-def prepare(run, nets):
-    """{name: network} as the loop calls them: recomputing, compiled, averaging over processes."""
-    for net in nets.values():
-        if run.args.checkpointing:
-            net.enable_gradient_checkpointing()
+def prepare(run, net):
+    """A network as the loop calls it: recomputing, compiled, averaging over processes."""
+    if run.args.checkpointing:
+        net.enable_gradient_checkpointing()
     if run.args.compile:
-        nets = {name: torch.compile(net) for name, net in nets.items()}
-    if run.ranks > 1:
-        nets = {name: DDP(net, gradient_as_bucket_view=True) for name, net in nets.items()}
-    return nets
+        net = torch.compile(net)
+    return DDP(net, gradient_as_bucket_view=True) if run.ranks > 1 else net
 
 
 # ---- a run: its checkpoint, log and signals ------------------------------------------------------
-
 # What may differ on resume. Of teacher, first student and captions the content is compared, of a
 # batch the size; other rates or precision get past a step that was not finite.
 MAY_CHANGE = set("max_steps save_every keep_every log_every out_dir device compile checkpointing "
@@ -296,15 +283,14 @@ STOP = [n for n in signal.Signals if n.name[3:] in "TERM INT HUP QUIT USR1 USR2 
 class Run:
     """A run on its way: its folder, checkpoint, log, bar and signals.
 
-    args, flags: a namespace, and a dict. identity: a dict of what else must be equal for a
-    checkpoint to be of this run. out: its folder. rank, ranks: this process, and how many there
-    are. By resume(): weights {name: [w]} and opts {name: optimizer}, which a checkpoint holds;
-    first_step; lines, means a line per interval. code: of main(), 0 or 128 and a signal's number.
+    args, flags: a namespace, a dict. identity: what else must be equal for a checkpoint to be of
+    this run. out: its folder. rank, ranks: this process, of how many. By resume(): weights
+    {name: [w]}, opts {name: optimizer}; first_step; lines, of the log. code: main()'s, 0 or 128+n.
     """
 
     def __init__(self, args, out):
         self.args, self.out, self.first_step, self.code = args, Path(out), 0, 0
-        self.identity, self.lines, self.locked = {"recipe": None}, [], contextlib.ExitStack()
+        self.identity, self.lines, self.after = {"recipe": None}, [], contextlib.ExitStack()
         given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
         require(given == 3 * [None] or all(n and n.isdigit() for n in given), "RANK, WORLD_SIZE, "
                 f"LOCAL_RANK are {given}: start it with torchrun, or unset them")
@@ -313,52 +299,40 @@ class Run:
 
     def numbers(self, step, micro):
         """The numbers of the samples in this process's forward pass `micro` of a step."""
-        size, accum = self.args.batch_size, self.args.grad_accum
-        first = ((step * accum + micro) * self.ranks + self.rank) * size
-        return range(first, first + size)
+        place = (step * self.args.grad_accum + micro) * self.ranks + self.rank
+        return range(place * self.args.batch_size, (place + 1) * self.args.batch_size)
 
     def resume(self, weights, opts, result="student"):
-        """Lock the folder and go on from its checkpoint, if there is one; InputError: another's.
-
-        result: what save_result() writes there. A flag that a checkpoint lacks had its default.
-        """
+        """Lock the folder, go on from its checkpoint if there is one; result: what is saved."""
         self.weights, self.opts, path = weights, opts, self.out / "checkpoint.pt"
         self.flags = {k: v for k, v in vars(self.args).items() if k != "defaults"}
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.locked.enter_context(data.locked(self.out / "run", wait=False))
+            self.after.enter_context(data.locked(self.out / "run", wait=False))
             for own in ("", f"{result}*/", f"{result}/unet/", "lora/"):
                 for left in self.out.glob(f"{own}*.????????.tmp"):      # by a kill during a save
                     left.unlink()
         if path.exists():
-            try:                                        # torch maps no name that is not UTF-8
-                found = torch.load(path, map_location="cpu", weights_only=True,
-                                   mmap=str(path).isprintable())
+            try:
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                # a flag that a checkpoint lacks had its default
                 theirs = self.args.defaults | found["flags"] | found["identity"]
             except Exception as e:
-                raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it, or start "
-                                 "in another folder")
+                raise InputError(f"{path}: cannot be read ({model.cause(e)}); remove it")
             may_change = MAY_CHANGE - {"max_steps" if self.args.decay else ""}
             for name, ours in (self.identity | self.flags).items():
                 require(name in may_change or theirs.get(name) == ours, f"{self.out}: holds a run "
-                        f"with {name} {theirs.get(name)}, not {ours}; start in another folder, or "
-                        "remove it")
+                        f"with {name} {theirs.get(name)}, not {ours}; start in another folder")
             for name, tensors in weights.items():
                 for w, saved in zip(tensors, found["weights"][name], strict=True):
                     w.data.copy_(saved)
-            for name, opt in opts.items():              # copied, or the file would stay mapped
-                opt.load_state_dict(copy.deepcopy(found["opts"][name]))
+            for name, opt in opts.items():
+                opt.load_state_dict(found["opts"][name])
             self.first_step, self.lines = found["step"], found["lines"]
         require(self.first_step or not (self.out / result).exists(), f"{self.out}: holds a "
                 f"{result} but no checkpoint to resume from; start in another folder")
-        if self.ranks > 1:
-            steps = [None] * self.ranks
-            dist.all_gather_object(steps, self.first_step)
-            require(len(set(steps)) == 1, f"{self.out}: the processes would start at steps "
-                    f"{steps}; pass an --out_dir that all of them see")
         self.means, self.logged, self.time = {}, self.first_step, time.time()
-        self.say(f"{json.dumps(self.flags | self.identity)}\n{self.device.type}, latents "
-                 f"{self.shape}, from step {self.first_step}")
+        self.say(f"{self.flags}\n{self.device.type}, {self.shape}, from step {self.first_step}")
         if self.rank == 0:                              # lines after the checkpoint are dropped
             lines = "".join(json.dumps(line) + "\n" for line in self.lines)
             data.replace_text(self.out / "metrics.jsonl", lines)
@@ -387,28 +361,22 @@ class Run:
         return line
 
     def steps(self, name, *shown):
-        """Yield the steps that are left, with a bar; behind each, save what is due, then show it.
-
-        A signal to stop waits for that.
-        """
+        """Yield the steps that are left; behind each, save what is due, show it, heed a signal."""
         first, last = self.first_step, self.args.max_steps
         if first >= last and self.rank == 0:            # perhaps killed between two files
             self.save(first)
         bar = tqdm(range(first, last), initial=first, total=last, desc=name, disable=self.rank > 0)
-        ignored = [n for n in STOP if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_IGN]
-        self.caught = 0                                 # ignored: SIGHUP, by nohup
-        before = {n: signal.signal(n, self.catch) for n in STOP if n not in ignored}
-        try:
+        self.caught = 0
+        with self.after:                                # the lock goes, the handlers come back
+            for n in STOP:                              # SIGHUP is ignored by nohup
+                if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN:
+                    self.after.callback(signal.signal, n, signal.signal(n, self.catch))
             for step in bar:
                 yield step
                 if line := self.end_step(step + 1):
                     bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
                 if self.code:
                     break
-        finally:
-            for n, handler in before.items():
-                signal.signal(n, handler)
-            self.locked.close()
 
     def catch(self, n, frame):
         self.caught = n                                 # SIGTERM may come twice
@@ -463,6 +431,7 @@ def public(value):
 def save_network(folder, network, weights):
     """Write a network's settings and weights {name: w} as diffusers reads them: each file whole."""
     config = json.loads(network.to_json_string()) | {"_name_or_path": None}
+    weights = {name: w.detach().contiguous() for name, w in weights.items()}
     replace_file(folder / "diffusion_pytorch_model.safetensors",
                  lambda path: path.write_bytes(save(weights, {"format": "pt"})))
     data.replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -470,18 +439,16 @@ def save_network(folder, network, weights):
 
 def save_student(run, folder, step):
     """Write the student, or its average, as sample.py and diffusers read it."""
-    names, flags = [name for name, _ in run.student.named_parameters()], run.flags
-    kept = [w.detach().contiguous() for w in run.weights["ema"] or run.weights["student"]]
+    kept, flags = run.weights["ema"] or run.weights["student"], run.flags
     about = {"teacher": public(flags["teacher"]), "timestep": flags["student_t"] or run.T,
-             "step": step, "seconds": read_settings(run.folder).get("seconds", 10.24),
+             "step": step, "identity": run.identity,
              "flags": {name: public(value) for name, value in flags.items()},
-             "identity": run.identity,
              "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
     folder.mkdir(exist_ok=True)
-    save_network(folder, run.student, dict(zip(names, kept)))
+    save_network(folder, run.student, dict(zip(dict(run.student.named_parameters()), kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
-    paths = {public(flags[name]): flags[name] for name in ("teacher", "captions")}
-    data.replace_text(run.out / "paths.json", json.dumps(paths))    # of this machine alone
+    here = {name: flags[name] for name in "teacher captions caption_column max_captions".split()}
+    data.replace_text(run.out / "paths.json", json.dumps(here))     # of this machine alone
 
 
 if __name__ == "__main__":

@@ -46,7 +46,12 @@ def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, stren
             start = invert(path, words, system, seconds, seed)
             z_T = (1 - strength ** 2) ** 0.5 * start + strength * z_T
         mels, wavs = make_weighted(system, [prompt] * n, z_T)
-        clips, folder = write(sample.file_names([prompt], n, seed).values(), mels, wavs)
+        folder, clips = tempfile.TemporaryDirectory(dir=os.environ["GRADIO_TEMP_DIR"]), ""
+        for name, mel, wav in zip(sample.file_names([prompt], n, seed).values(), mels, wavs):
+            clip = f"{folder.name}/{name.removesuffix('.wav')}"     # written as by sample.py
+            soundfile.write(f"{clip}.wav", wav, RATE, "PCM_16")
+            sample.picture(mel).save(f"{clip}.png")
+            clips += CLIP.format(clip)
     except (InputError, OSError, RuntimeError) as e:        # soundfile's, and the GPU's
         line = " ".join(str(e).replace(os.environ["GRADIO_TEMP_DIR"], "").split())
         return html.escape(line), unchanged, results
@@ -55,7 +60,7 @@ def answer(own, unchanged, prompt, seed, n, seconds, decoder, path, words, stren
     command = html.escape(f"python {script} {shlex.join(flags)}")
     clips += f"<p>{time.time() - started:.2f} s: <code>{command}</code></p>"
     results = [(clips, folder), *results][:20]              # a folder goes with its last reference
-    shown = "".join(clips for clips, _ in results).replace("controls", "controls autoplay", 1)
+    shown = "".join(one for one, _ in results).replace("controls", "controls autoplay", 1)
     return html.escape(" ".join(unread.values())), shown, results
 
 
@@ -68,16 +73,6 @@ def invert(path, words, system, seconds, seed):
     require(about.duration <= 60 and about.frames * about.channels <= 2 ** 24
             and about.samplerate <= 4e5, f"{name}: over a minute, or too many samples; convert it")
     return invert_recording(path, words, system, seed)[0]
-
-
-def write(names, mels, wavs):
-    """Write clips as sample.py does: HTML that plays and shows them, and their folder to keep."""
-    folder = tempfile.TemporaryDirectory(dir=os.environ["GRADIO_TEMP_DIR"])
-    paths = [f"{folder.name}/{name.removesuffix('.wav')}" for name in names]
-    for path, mel, wav in zip(paths, mels, wavs):
-        soundfile.write(f"{path}.wav", wav, RATE, "PCM_16")
-        sample.picture(mel).save(f"{path}.png")
-    return "".join(map(CLIP.format, paths)), folder
 
 
 def build(args, own):

@@ -65,7 +65,7 @@ def encode_audio(system, wav):
     """Waveforms (B, N) at 16 kHz -> latents (B, 4, h, w) of the peak-normalized clips."""
     vae = system.decoder.vae
     if not isinstance(vae, AutoencoderKL):      # the small decoder, whose encoder is unused
-        vae = load_part(system.folder, "vae", pretrained(AutoencoderKL)).to(vae.device, vae.dtype)
+        vae = load_part(system.folder / "vae", pretrained(AutoencoderKL)).to(vae.device, vae.dtype)
     image = mel_to_image(log_mel(peak_normalize(wav), system.shape[1] * 8))
     return vae.encode(image.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
 

@@ -52,13 +52,11 @@ def reweighted(unet, weights):
         w = F.pad(weights, (0, 0, 0, len(value) - len(weights)), value=1)
         return value * w[..., None].to(value.dtype)
 
-    hooks = [layer.to_v.register_forward_hook(scale) for name, layer in unet.named_modules()
-             if name.endswith("attn2")]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in unet.named_modules():
+            if name.endswith("attn2"):
+                hooks.enter_context(layer.to_v.register_forward_hook(scale))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def make_weighted(system, prompts, z_T):

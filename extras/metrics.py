@@ -21,7 +21,6 @@ from model import RATE, TINY, cause
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 OTHERS = (".m4a", ".aac", ".mp4", ".webm", ".wma", ".aif", ".aiff", ".caf")  # sounds, not read
-CLASSIFIER = TINY.parent / "classifier.safetensors"
 
 
 # ---- the two networks, under the published parameter names ---------------------------------------
@@ -167,7 +166,7 @@ class Classifier(nn.Module):
 
 def load_classifier():
     """Load the classifier that is shipped with the tiny world, in eval mode."""
-    state = load_file(CLASSIFIER)
+    state = load_file(TINY.parent / "classifier.safetensors")
     net = Classifier(len(state["head.weight"]))
     net.load_state_dict(state)
     return net.float().eval()

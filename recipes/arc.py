@@ -94,11 +94,11 @@ def main(argv=None):
     opts = {name: train.adamw(args, weights[name], rates[name]) for name in rates}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     run.resume(weights, opts)
-    nets = train.prepare(run, {"student": run.student})
+    net = train.prepare(run, run.student)
     if args.checkpointing:
         D.unet.enable_gradient_checkpointing()
-    nets["d"] = scores = train.DDP(D) if run.ranks > 1 else D   # goes back twice: not compiled
-    eps = denoiser(nets["student"], run.amp)
+    scores = train.DDP(D) if run.ranks > 1 else D   # goes back twice: not compiled
+    eps = denoiser(net, run.amp)
     clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size
 
@@ -113,8 +113,8 @@ def main(argv=None):
             noises, t = (x.to(device) for x in draw_more(
                 numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
             y, text = clips_of(numbers, run, clips)
-            for net in nets.values():                   # DDP averages gradients once a step
-                net.require_backward_grad_sync = micro == args.grad_accum - 1
+            for part in (net, scores):                  # DDP averages gradients once a step
+                part.require_backward_grad_sync = micro == args.grad_accum - 1
 
             # D scores both clips at one t and noise, and with 0.05 more (R1, R2; stable-audio-tools
             # d7e78b0 has 0.05, its 9418630 0.01 and weight 100). It prefers the real clip to the

@@ -60,21 +60,17 @@ def many_steps(eps, z_T, text, scheduler, steps):
     if steps == 1:
         return one_step(eps, z_T, text, *noise_schedule(scheduler, z_T.device))
     scheduler = type(scheduler).from_config(scheduler.config)           # with no history
-
-    def call(method, *args, **kw):
-        try:
-            return method(*args, **kw)
-        except Exception as e:                          # of LCM above 50 steps, PNDM below 4
-            raise InputError(f"{steps} steps: not with this scheduler; try others ({cause(e)})")
-
-    call(scheduler.set_timesteps, steps, device=z_T.device)
+    try:
+        scheduler.set_timesteps(steps, device=z_T.device)
+    except Exception as e:                              # of LCM above 50 steps, PNDM below 4
+        raise InputError(f"{steps} steps: not with this scheduler; try others ({cause(e)})")
     first, T = int(scheduler.timesteps[0]), len(scheduler.alphas_cumprod) - 1
     require(0.9 * T <= first <= T, f"{steps} steps: this scheduler starts at t = {first}, "
             f"not just below {T}; ask for another number, or 1")        # "leading": 501 for 2
     x = z_T * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         out = eps(scheduler.scale_model_input(x, t), t.expand(len(x)), text)
-        x = call(scheduler.step, out, t, x).prev_sample
+        x = scheduler.step(out, t, x).prev_sample
     return x
 
 

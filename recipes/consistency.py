@@ -79,7 +79,7 @@ def main(argv=None):
     weights = {"student": list(run.student.parameters()), "ema": list(target.parameters())}
     opt = train.adamw(args, weights["student"], args.lr)
     run.resume(weights, {"student": opt})
-    net = train.prepare(run, {"student": run.student})["student"]
+    net = train.prepare(run, run.student)
     student, target, teacher = (denoiser(n, run.amp) for n in (net, target, run.unet))
     teacher = guided(teacher, run.null, args.guidance)
     clips = teacher_clips(run, run.unet)

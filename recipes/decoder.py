@@ -43,12 +43,12 @@ def parse_args(argv=None, doc=__doc__, part="decoder", **defaults):
     return args
 
 
-def start(args, kind):
-    """Load a student's System into a run of a kind like DecoderRun, whose `part` is its folder."""
+def start(args, part):
+    """Load a student's System into a run whose folder is `part`/ in the student's."""
     require(Path(args.student).is_dir() or args.student == "out/student", f"--student "
-            f"{args.student}: must be a folder here, as {kind.part}/ is written to it")
-    run = kind(args, model.open_student(args.student)[0] / kind.part)
-    require(run.ranks == 1, f"recipes.{kind.part}: runs in one process; start it without torchrun")
+            f"{args.student}: must be a folder here, as {part}/ is written to it")
+    run = train.Run(args, model.open_student(args.student)[0] / part)
+    require(run.ranks == 1, f"recipes.{part}: runs in one process; start it without torchrun")
     system = model.load_student(args.student, args.teacher, None, "vae", "fp32", args.device)
     torch.backends.cudnn.allow_tf32 = True              # PyTorch's own default, to train fast
     run.system, run.device, run.shape = system, system.device, system.shape
@@ -57,7 +57,7 @@ def start(args, kind):
     path = args.captions or system.folder / own
     run.captions, n = data.read_captions(path, args.caption_column)
     run.say(f"{path}: {len(run.captions)} captions used, of {n}")
-    run.identity |= {"recipe": kind.part, "student's weights": train.fingerprint(system.unet),
+    run.identity |= {"recipe": part, "student's weights": train.fingerprint(system.unet),
                      "text encoder's weights": train.fingerprint(system.encode_text),
                      "captions' text": train.digest("\n".join(run.captions).encode()),
                      "captions a step": args.batch_size}
@@ -80,7 +80,7 @@ def make_pairs(run, pair):
 
 def learn(run, weights, pair, loss):
     """Train weights by loss(*pair) of make_pairs(), or go on: main()'s exit code."""
-    args, part = run.args, run.part
+    args, part = run.args, run.identity["recipe"]
     opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
     run.resume({part: weights}, {part: opt}, "config.json")
     pairs = make_pairs(run, pair) if run.first_step < args.max_steps else []
@@ -95,15 +95,6 @@ def learn(run, weights, pair, loss):
         run.log(loss=found, grad=torch.nn.utils.clip_grad_norm_(weights, float("inf")))
         opt.step()
     return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
-
-
-class DecoderRun(train.Run):
-    """train.py's run: the same checkpoint, log, signals and lock, but another result."""
-    part = "decoder"
-
-    def save_result(self, step):
-        weights = {name: w.contiguous() for name, w in self.network.state_dict().items()}
-        train.save_network(self.out, self.network, weights)
 
 
 def new_decoder(settings):
@@ -139,19 +130,20 @@ def picture(decoder, x0):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = start(args, DecoderRun)
+    run = start(args, "decoder")
     home, vae = run.system.folder, run.system.decoder.vae
     torch.manual_seed(args.seed)
-    run.network = new_decoder(model.read_settings(home)).requires_grad_(False)
-    ours, theirs = run.network.config, vae.config
+    net = new_decoder(model.read_settings(home)).requires_grad_(False)
+    ours, theirs = net.config, vae.config
     sizes = [(len(ours.decoder_block_out_channels), ours.latent_channels),
              (len(theirs.block_out_channels), theirs.latent_channels)]
     require(sizes[0] == sizes[1], f"{home}/swiftaudio.json: its decoder does not fit its VAE: "
             "levels and channels of latents are {}, not {}".format(*sizes))
-    run.network.to(run.device, memory_format=torch.channels_last)
+    net.to(run.device, memory_format=torch.channels_last)
     run.identity |= {"VAE's weights": train.fingerprint(vae),
-                     "first decoder's weights": train.fingerprint(run.network)}
-    decoder, scale = run.network.decoder.requires_grad_(True), run.network.config.scaling_factor
+                     "first decoder's weights": train.fingerprint(net)}
+    run.save_result = lambda step: train.save_network(run.out, net, net.state_dict())
+    decoder, scale = net.decoder.requires_grad_(True), ours.scaling_factor
     return learn(run, list(decoder.parameters()), picture,
                  lambda z, target: decoder_loss(decoder(z / scale), target))
 

@@ -57,7 +57,7 @@ def main(argv=None):
     opt = train.adamw(args, weights["student"], args.lr)
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     run.resume(weights, {"student": opt})
-    net = train.prepare(run, {"student": run.student})["student"]
+    net = train.prepare(run, run.student)
     eps = denoiser(net, run.amp)
     clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size

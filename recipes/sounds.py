@@ -40,7 +40,6 @@ def parse_args(argv=None):
     add("--old", type=number(int), default=100, help="how many of them, from the first")
     add("--all_weights", action="store_true", help="train the UNet itself, without an adapter")
     add("--lr", type=number(float), default=1e-4, help="rate; for --all_weights try a tenth")
-    add("--cache", help="file to keep latents in; default: latents.safetensors in --out_dir")
     for group in train.add_run, train.add_vsd:
         group(lambda name, **kw: None if name[2:] in UNUSED else add(name, **kw))
     p.set_defaults(out_dir="out_sounds", max_steps=2000, grad_accum=1, warmup=50, decay=True,
@@ -76,12 +75,11 @@ def read_sounds(folder, column=None):
     every = files(folder)
     sounds = [p for p in every if p.suffix.lower() in SOUNDS]
     require(sounds, f"{folder}: holds no sound ({', '.join(SOUNDS)})")
-    texts = {p: p.with_suffix(".txt") for p in sounds if p.with_suffix(".txt").is_file()}
     words = {p: re.split(r"[\s_.-]+", p.parent.name.lower()) for p in sounds if p.parent != folder}
-    found = ({p: [c for row in data.read_rows(text) for c in data.row_captions(row, text)]
-              for p, text in texts.items()} or from_metadata(folder, every, sounds, column)
+    found = ({p: data.read_captions(p.with_suffix(".txt"))[0] for p in sounds
+              if p.with_suffix(".txt").is_file()} or from_metadata(folder, every, sounds, column)
              or {p: [" ".join(w for w in ws if not w.isdigit())] for p, ws in words.items()})
-    found = {p: [*dict.fromkeys(c for c in found.get(p, []) if c.strip())] for p in sounds}
+    found = {p: [*dict.fromkeys(filter(None, found.get(p, [])))] for p in sounds}
     for what, bad in (("are not read; convert", [p for p in every if p.suffix.lower() in OTHERS]),
                       ("have no caption; write one,", [p for p in sounds if not found[p]])):
         some = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
@@ -105,7 +103,7 @@ def write_captions(args, new):
 @torch.no_grad()
 def encode(run, paths):
     """Latents (paths, C, h, w) in fp16 of each sound's loudest part; --cache keeps them."""
-    path, n = Path(run.args.cache or run.out / "latents.safetensors"), run.shape[2] * 8 * model.HOP
+    path, n = run.out / "latents.safetensors", run.shape[2] * 8 * model.HOP
     about = {key: run.identity[key] for key in ("VAE's weights", "sounds", "latents")}
     if len(found := read_clips(path, about, run.shape)):
         return found
@@ -135,7 +133,7 @@ def save_teacher(run):
             if not {"unet", run.out.name} & {*name.parts}:
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
-    train.save_network(folder / "unet", unet, {k: w.contiguous() for k, w in state.items()})
+    train.save_network(folder / "unet", unet, state)
     if not args.all_weights:
         save_lora(unet, run.out / "lora", args.lora_rank, args.lora_alpha)
 
@@ -160,7 +158,7 @@ def main(argv=None):
     latents = encode(run, [*sounds])
     del run.decoder, run.unet                           # gigabytes at full size
     pairs = [(row, text) for row, texts in enumerate(sounds.values()) for text in texts]
-    net = train.prepare(run, {"teacher": run.student})["teacher"]
+    net = train.prepare(run, run.student)
     eps_teacher = model.denoiser(net, run.amp)
     for step in run.steps("sounds", "loss"):
         opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)

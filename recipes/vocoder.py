@@ -3,7 +3,7 @@
     python -m recipes.vocoder --student out/student
 
 As recipes.decoder, after it: the student makes latents, its small decoder (or the VAE) log-mels,
-the teacher's vocoder (any, Griffin-Lim too) waveforms, and a model.FrameVocoder without noise
+the teacher's vocoder (any, Griffin-Lim too) waveforms, and a FrameVocoder without noise
 learns these. Writes vocoder/ in the student's folder: what sample.py reads, checkpoint.pt and
 metrics.jsonl. Unproven: no HiFi-GAN of Auffusion's could be had, nor another that was trained.
 """
@@ -19,6 +19,7 @@ from data import InputError, cli, replace_file, replace_text, require
 from extras.audio import distance, mel_filters, spectra
 from extras.metrics import sha256
 from recipes.decoder import learn, parse_args, start
+from tiny.teacher.vocoder.vocoders import FrameVocoder
 
 SIZES = dict(width=512, hidden=1536, blocks=8, n_fft=640)       # 0.029 TFLOP in a clip of 10.24 s
 
@@ -34,7 +35,7 @@ def new_vocoder(num_mels, own, noise=False):
     try:
         config = dict(num_mels=num_mels, noise=noise, hop_size=model.HOP, **{**SIZES, **own})
         require(config["n_fft"] % model.HOP == 0, f"n_fft is no multiple of {model.HOP}")
-        net = model.FrameVocoder(**config)
+        net = FrameVocoder(**config)
     except (TypeError, ValueError, RuntimeError, InputError) as e:
         raise InputError(f"swiftaudio.json of the teacher: its vocoder {own} is none ({e})")
     bank = mel_filters(num_mels, "cpu")
@@ -45,16 +46,6 @@ def new_vocoder(num_mels, own, noise=False):
     return net, config
 
 
-class VocoderRun(train.Run):
-    """recipes.decoder's run, but what model.load_vocoder() reads is the result."""
-    part = "vocoder"
-
-    def save_result(self, step):
-        weights = self.network.state_dict()
-        replace_file(self.out / "model.safetensors", lambda path: path.write_bytes(save(weights)))
-        replace_text(self.out / "config.json", json.dumps(self.config, indent=2) + "\n")
-
-
 def sound(decoder, x0):
     """Log-mels (B, frames, mels) of latents, and the teacher's waveforms (B, N) of these."""
     mel = decoder.decode(x0).half()
@@ -63,7 +54,7 @@ def sound(decoder, x0):
 
 def main(argv=None):
     args = parse_args(argv, __doc__, "vocoder", max_steps=10000, lr=1e-3)
-    run = start(args, VocoderRun)
+    run = start(args, "vocoder")
     folder, home = run.out.parent, run.system.folder
     require(not (folder / "unet").is_dir(), f"{folder}: its vocoder/ is its own, not a small one")
     small = {k: path for k, path in model.small_parts(folder).items() if k == "decoder"}
@@ -71,8 +62,15 @@ def main(argv=None):
         run.system.decoder = model.Decoder(home, small=small).to(run.device)
     decoder = run.system.decoder
     torch.manual_seed(args.seed)
-    net, run.config = new_vocoder(8 * run.shape[1], model.read_settings(home).get("vocoder", {}))
-    run.network = net.to(run.device)
+    net, config = new_vocoder(8 * run.shape[1], model.read_settings(home).get("vocoder", {}))
+    net.to(run.device)
+
+    def save_result(step):                      # as model.load_vocoder() reads it
+        content = save(net.state_dict())
+        replace_file(run.out / "model.safetensors", lambda path: path.write_bytes(content))
+        replace_text(run.out / "config.json", json.dumps(config, indent=2) + "\n")
+
+    run.save_result = save_result
     run.identity |= {"decoder's weights": train.fingerprint(decoder.vae),
                      "vocoder's files": sha256(*sorted((home / "vocoder").glob("*.*")))[:16],
                      "first vocoder's weights": train.fingerprint(net)}

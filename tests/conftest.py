@@ -90,10 +90,10 @@ def loaded_once():
     load_unet = model.load_unet
     read = functools.cache(load_unet)
 
-    def copied_unet(folder, part="unet", dtype=torch.float32):
+    def copied_unet(folder, part="unet"):
         if part != "unet":                              # a student's, which may have gone on
-            return load_unet(folder, part, dtype)
-        return copy.deepcopy(read(folder)).to(dtype)
+            return load_unet(folder, part)
+        return copy.deepcopy(read(folder))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "TextEncoder", functools.cache(model.TextEncoder))

@@ -202,7 +202,7 @@ def test_the_vocoder_learns(student):
 def test_fast_has_the_small_parts_that_are_there(trained, student, captions, tmp_path):
     """Also in eval's hash, on the card, and in what is exported."""
     load = functools.partial(model.load_student, precision="fp32", device="cpu")
-    refuses(load, student, decoder="fast", says="no small decoder or vocoder; make one: python -m")
+    refuses(load, student, decoder="fast", says="no small decoder or vocoder; recipes/ make")
     made, args = {"vae": load(student)}, SimpleNamespace(teacher_steps=None)
     distil_vocoder(student)
     made["vocoder"] = load(student, decoder="fast")

@@ -66,8 +66,8 @@ def test_six_files_train_are_killed_go_on_in_two_processes_and_are_heard(house):
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[-1]), signal.SIGTERM)
         said = process.communicate(timeout=120)[0]
-    last = read_checkpoint(out)["step"]
-    assert f"from step {step}" in said and '"captions a step": 2' in said, said
+    last, identity = (read_checkpoint(out)[key] for key in ("step", "identity"))
+    assert f"from step {step}" in said and identity["captions a step"] == 2, said
     assert said.count(f"stopped after step {last}, which is saved") == 1, said
     assert [line["step"] for line in metrics(out)] == [*range(1, last + 1)]
     alike(metrics(out)[step:step + 2], metrics(whole)[step:])

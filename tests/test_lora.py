@@ -59,9 +59,8 @@ def test_equals_peft_and_diffusers_and_off_is_the_base(unet, targets, tmp_path):
 def test_target_counts(unet):
     attentions = 2 * sum(type(m).__name__ == "BasicTransformerBlock" for m in unet.modules())
     kinds = [type(m) for m in unet.modules()]
-    linear = kinds.count(nn.Linear)
-    for targets, count in (("qv", 2 * attentions), ("attention", 4 * attentions),
-                           ("linear", linear), ("all", linear + kinds.count(nn.Conv2d))):
+    both = kinds.count(nn.Linear) + kinds.count(nn.Conv2d)
+    for targets, count in (("qv", 2 * attentions), ("attention", 4 * attentions), ("all", both)):
         inject(copied := copy.deepcopy(unet), targets, 2, 2)
         assert len(lora_layers(copied)) == count, targets
     with pytest.raises(InputError, match="qv"):

@@ -49,7 +49,7 @@ def test_text_of_the_adapter_layout(adapter, tmp_path):
     listed, = json.loads(path.read_text())
     for name in ("text_encoder_name", "condition_adapter_name"):    # its folders' names are free
         (folder / listed[name]).rename(folder / name)
-        refuses(TextEncoder, folder, says=f"lacks {listed[name]}/")
+        refuses(TextEncoder, folder, says=f"{listed[name]}: is missing")
         listed[name] = name
         path.write_text(json.dumps([listed]))
     assert torch.equal(TextEncoder(folder)(["a dog"]), encode_text(["a dog"]))
@@ -69,14 +69,14 @@ def test_words_that_do_not_fit_or_were_never_seen_are_told(plain):
     long = "dog " * 74 + "barks"
     found = TextEncoder(plain).unread([long, "fine", "犬"])      # CLIP knows every word, in pieces
     assert list(found) == [long]
-    assert "81 tokens, 77 fit; cut" in found[long] and "rks" in found[long]
+    assert found[long] == f"{long[:80]!r}: 81 tokens, 77 fit"
     unread = TextEncoder(TINY).unread
     prompt = "a Dog barks, in a cathedral"
     found = unread(["a dog barks twice", "", "rain falls", prompt])
     assert found == {prompt: f"{prompt!r}: the teacher has never seen 'in', 'cathedral'"}
     for huge in ("x" * 10_000, "dog " * 2500, "zebra " * 2000):
         why, = unread([huge]).values()
-        assert ("never seen" in why or "24 fit; cut" in why) and len(why) < 400
+        assert ("never seen" in why or "24 fit" in why) and len(why) < 400
     refuses(unread, ["rain", "a dog \ud83d barks"], says="half a character")
     assert unread([]) == {}
 
@@ -164,12 +164,12 @@ def test_what_cannot_be_loaded_or_is_not_finite(student, plain, tmp_path, monkey
     lost = write_student(tmp_path / "lost", plain)
     edit(lost / "swiftaudio.json", teacher=str(tmp_path / "gone"))
     refuses(load, lost, says="gone: no such folder.*pass another, as --teacher if")
-    (tmp_path / "paths.json").write_text(json.dumps({str(tmp_path / "gone"): str(plain)}))
+    (tmp_path / "paths.json").write_text(json.dumps({"teacher": str(plain)}))
     assert load(lost, device="cpu").folder == plain         # moved, and paths.json says where to
     for wrong in ({"decoder": "small"}, {"precision": "fp16"}):
         with pytest.raises(KeyError):
             load(student, device="cpu", **wrong)
-    refuses(load, student, decoder="fast", says="no small decoder or .*recipes.decoder")
+    refuses(load, student, decoder="fast", says="no small decoder or vocoder; recipes/ make")
     refuses(load, student, device="quantum", says="--device quantum: not usable here")
     refuses(load, student, TINY, says="cross_attention_dim is 24, .* need 128")
     state = load_file(lost / "diffusion_pytorch_model.safetensors")
@@ -268,7 +268,7 @@ def test_a_part_that_is_missing_cut_short_or_a_pointer(broken, part, file, missi
     path.unlink()
     refuses(load_all, broken, says=f"{broken}/{part}.*{missing}")
     shutil.rmtree(broken / part)
-    refuses(load_all, broken, says=f"lacks {part}/")
+    refuses(load_all, broken, says=f"{part}: is missing")
 
 
 def test_what_a_library_does_not_say_of_weights(broken, monkeypatch):

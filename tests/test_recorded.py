@@ -6,9 +6,10 @@ import torch
 
 from data import InputError, read_rows
 from extras.teacher import load_teacher
-from model import HOP, FrameVocoder, load_unet
+from model import HOP, load_unet
 from tiny import make
 from tiny.recorded import CLASSES, HELD_OUT, Recordings, take
+from tiny.teacher.vocoder.vocoders import FrameVocoder
 
 
 @pytest.fixture(scope="module", params=[10, 50])
@@ -38,7 +39,7 @@ def test_the_folder_becomes_a_teacher(sounds, tmp_path, monkeypatch):
                                          for name, (*of, how) in make.STAGES.items()})
     make.main(["--sounds", str(sounds), "--out", str(tmp_path)])
     system = load_teacher(str(tmp_path), 2)
-    assert isinstance(system.decoder.vocoder, FrameVocoder)
+    assert type(system.decoder.vocoder).__name__ == "FrameVocoder"
     assert system(["a dog barks loudly"]).shape == (1, 40960)
     assert system.encode_text.unread(["a siren"]) and not system.encode_text.unread(["a"])
     train, held = ([row["caption"] for row in read_rows(tmp_path / name)]

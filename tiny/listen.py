@@ -14,7 +14,7 @@ import torch
 
 from data import Parser, cli, number, require
 from extras.audio import log_mel
-from sample import read_prompts, write_clips
+from sample import add_clips, read_prompts, write_clips
 from tiny import world
 from tiny.recorded import HELD_OUT, TRAINING, Recordings
 from tiny.score import FLOOR
@@ -23,13 +23,11 @@ from tiny.score import FLOOR
 def main(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("--prompts", required=True, help="file of captions of the world's held-out lists")
+    own = "--prompts", "--out", "--seed", "--overwrite"     # of sample.py's flags
+    add_clips(lambda name, **kw: add(name, **kw) if name in own else None)
     add("--sounds", type=Path, help="folder of recordings, in place of the synthesis")
     add("--trained", action="store_true", help="takes that were trained on, not held out")
-    add("--out", default="samples", help="folder for WAV, PNG and manifest.json")
-    add("--seed", type=number(int), default=0, help="the name's, as of sample.py's clips beside it")
     add("--draw", type=number(int), default=0, help="of what the words leave open")
-    add("--overwrite", action="store_true", help="replace files that exist")
     p.set_defaults(prompt=[], n=1, batch_size=64)
     args = p.parse_args(argv)
     prompts, source = read_prompts(args), world.SYNTHESIS

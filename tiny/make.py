@@ -29,12 +29,14 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from data import Parser, cli, replace_file, replace_text, require
-from extras.audio import log_mel, mel_to_image
+from extras.audio import distance, log_mel, mel_to_image, spectra
 from extras.metrics import Classifier
-from model import TINY, has_bf16, load_scheduler
+from model import TINY, has_bf16, image_to_mel, load_scheduler
 from recipes.decoder import decoder_loss, energy
-from tiny import score, vocoder, world
+from recipes.vocoder import new_vocoder
+from tiny import score, world
 from tiny.recorded import EVENTS, Recordings
+from train import save_network
 
 SEED, MELS = 0, 64
 # A quarter less time on a CPU that has it, more on others; the weights stay fp32.
@@ -59,15 +61,6 @@ def render(source, name, descriptions, seed):
         images, labels = zip(*tqdm(pool.imap(one, range(count), 64), total=count, desc=name))
     np.save(source.build / f"{name}_images.npy", np.stack(images))
     np.save(source.build / f"{name}_labels.npy", np.stack(labels))
-
-
-def save(source, network, name):
-    """Write a network of the teacher in fp16, without the folder that diffusers loaded it from."""
-    network.half().save_pretrained(source.teacher / name)
-    path = source.teacher / name / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(source, name, what):
@@ -157,7 +150,7 @@ def stage_vae(source, steps=1200, size=32, lr=2e-3, rough=0.0):
         mean, std = torch.cat([s.mean for s in stats]), torch.cat([s.std for s in stats])
     scale = 1 / float((mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=round(scale, 4))
-    save(source, vae, "vae")
+    save_network(source.teacher / "vae", vae.half(), vae.state_dict())
     np.save(source.build / "teacher_latents.npy", torch.stack([mean, std]).half().numpy())
 
 
@@ -181,7 +174,7 @@ def stage_decoder(source, cycle=0, steps=800, size=16):
 
     params = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     fit(source, "decoder2" if cycle else "decoder", params, steps, 1e-3, loss)
-    save(source, vae, "vae")
+    save_network(source.teacher / "vae", vae.half(), vae.state_dict())
 
 
 def stage_classifier(source, steps=2500, size=48, returned=5000):
@@ -210,6 +203,37 @@ def stage_classifier(source, steps=2500, size=48, returned=5000):
     fit(source, "classifier", list(net.parameters()), steps, 3e-3, loss, kept=[*net.buffers()])
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     save_file(state, source.home / "classifier.safetensors")
+
+
+def stage_vocoder(source, steps, size=3, lr=1e-3):
+    """Train a vocoder on log-mels that went through the VAE.
+
+    Many sounds fit a mel that the VAE blurred, and a vocoder that regresses learns their mean, of
+    rain a hum. Ours takes noise and learns to sample, by the energy distance of spectra (arXiv
+    2008.01160): |x - y| - |x - x'| / 2, of two of its samples x, x' and a recording y, is least
+    when all are of one distribution.
+    """
+    clips, folder = source.clips(source.number), source.teacher / "vocoder"
+    latents = np.load(source.build / "teacher_latents.npy", mmap_mode="r")
+    vae = AutoencoderKL.from_pretrained(source.teacher / "vae").float().requires_grad_(False)
+    torch.manual_seed(SEED)
+    net, config = new_vocoder(MELS, dict(width=192, hidden=512, blocks=6), noise=True)
+
+    def loss(step):
+        rng = np.random.default_rng((SEED, 7, step))
+        rows = rng.integers(source.number, size=size)
+        normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
+        mean, std = torch.from_numpy(latents[:, rows]).float()
+        mel = image_to_mel(vae.decode(mean + std * normal(*mean.shape)).sample).mT
+        wav = torch.from_numpy(np.stack([source.clip(clips, i)[0] for i in rows]))
+        made = [net(mel, normal(size, mel.shape[1], 2 * net.bins)) for _ in range(2)]
+        x, other, y = map(spectra, (*made, wav))
+        return (distance(x, y) + distance(other, y) - distance(x, other)) / 2
+
+    fit(source, "vocoder", list(net.parameters()), steps, lr, loss)
+    (folder / "vocoders.py").unlink(missing_ok=True)
+    save_file(net.half().state_dict(), folder / "model.safetensors")
+    replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def make_tokenizer(texts):
@@ -282,11 +306,8 @@ def stage_teacher(source, steps=4000, lr=1.5e-3, again=False, size=64):
     fit(source, "again" if again else "teacher", params, steps, lr, loss, after, ema)
     for p, e in zip(params, ema):
         p.data.copy_(e)
-    save(source, unet, "unet")
-    # the names of published CLIP models: transformers 5.0 reads no others
-    state = {f"text_model.{name.removeprefix('text_model.')}": w
-             for name, w in text.half().state_dict().items()}           # earlier ones name them so
-    text.save_pretrained(source.teacher / "text_encoder", state_dict=state)
+    save_network(source.teacher / "unet", unet.half(), unet.state_dict())
+    text.half().save_pretrained(source.teacher / "text_encoder")
     tokenizer.save_pretrained(source.teacher / "tokenizer")
 
 
@@ -297,7 +318,7 @@ STAGES = {
     "classifier": (stage_classifier, {}, None),
     "decoder": (stage_decoder, {}, None),
     "decoder2": (stage_decoder, dict(cycle=1), None),
-    "vocoder": (vocoder.train, None, dict(fit=fit, steps=1000)),
+    "vocoder": (stage_vocoder, None, dict(steps=1000)),
     "teacher": (stage_teacher, {}, dict(steps=1200, lr=1e-3, size=32)),
     "again": (stage_teacher, dict(steps=2000, lr=7e-4, again=True),
               dict(steps=800, lr=7e-4, again=True, size=32)),

@@ -114,19 +114,12 @@ def load_student(name, decoder="vae"):
 
 # ---- scores ------------------------------------------------------------------------------------
 
-def reference(rows):
-    """What is heard in real audio of these rows, (embeddings, logits), and in the teacher's clips.
-
-    As shipped: (n, 128), (n, 28) and the teacher's embeddings (n, 128).
-    """
-    heard = load_file(HERE / "reference.safetensors")
-    numbers = [n for n, *_ in rows]
-    return [heard[key][numbers].float() for key in ("embeddings", "logits", "teacher")]
-
-
 def scored(rows, mels):
-    """The metrics of a system's clips (n, 64, 256) of these rows."""
-    (*target, teacher), heard = reference(rows), features(load_classifier(), mels)
+    """The metrics of a system's clips (n, 64, 256) of these rows, by what is shipped of them."""
+    shipped, numbers = load_file(HERE / "reference.safetensors"), [n for n, *_ in rows]
+    *target, teacher = (shipped[key][numbers].float()       # (n, 128), (n, 28), (n, 128)
+                        for key in ("embeddings", "logits", "teacher"))
+    heard = features(load_classifier(), mels)
     return {**scores(target, heard),
             "FD to teacher": frechet(teacher, heard[0]) if len(rows) > 1 else None}
 
@@ -158,18 +151,6 @@ def baselines(rows, seeds, t):
         for name, row in {**again, **measure(systems, rows, seed)}.items():
             found.setdefault(name, []).append(row)
     return {name: summary(of_seeds) for name, of_seeds in found.items()}
-
-
-def shipped_rows(rows, name, t, seed):
-    """baselines() of the rows of a whole held-out list, as shipped.
-
-    They are for the default t; for another, the student before training is measured here.
-    """
-    shipped = read_json(HERE / "baselines.json")
-    table = shipped["systems" if name == "first" else f"{name} list"]
-    if t != shipped["student_t"]:
-        table |= measure({BEFORE_ROW: load_untrained(t)}, rows, seed)
-    return table
 
 
 def write_baselines(home=HERE):
@@ -294,7 +275,10 @@ def report(args):
     if args.all:
         others = baselines(rows, [args.seed], t)
     elif len(rows) == whole:
-        others = shipped_rows(rows, args.list, t, args.seed)
+        shipped = read_json(HERE / "baselines.json")
+        others = shipped["systems" if args.list == "first" else f"{args.list} list"]
+        if t != shipped["student_t"]:       # they are for the default t
+            others |= measure({BEFORE_ROW: load_untrained(t)}, rows, args.seed)
     table = {**others, **measure(student, rows, args.seed)}
     image = sheet({**compared(t), **student}, rows, args.seed)
 
