@@ -5,7 +5,8 @@
 As recipes.decoder, after it: the student makes latents, its small decoder (or the VAE) log-mels,
 the teacher's vocoder (any, Griffin-Lim too) waveforms, and a FrameVocoder without noise
 learns these. Writes vocoder/ in the student's folder: what sample.py reads, checkpoint.pt and
-metrics.jsonl. Unproven: no HiFi-GAN of Auffusion's could be had, nor another that was trained.
+metrics.jsonl. Unproven: Auffusion's HiFi-GAN could not be had, and one that was trained for the
+trial sounds like a synthesizer (docs/RESULTS.md).
 """
 import json
 import math
