@@ -333,8 +333,8 @@ class System:
         check_fit(folder, unet, self.encode_text)
         self.decoder = Decoder(folder, dtype, small).to(device)
         self.unet = unet.to(device, dtype)
-        self.schedule = noise_schedule(load_scheduler(folder), device)
-        self.t, self.eps = t, denoiser(unet)
+        self.scheduler, self.t, self.eps = load_scheduler(folder), t, denoiser(unet)
+        self.schedule = noise_schedule(self.scheduler, device)
 
     def latents(self, z_T, text):
         """Latents x0 (B, C, h, w) of noise z_T and text (B, tokens, dim), differentiable in z_T."""

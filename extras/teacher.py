@@ -7,7 +7,7 @@ From Python: load_teacher("tiny", steps=25)(["rain falls"]), as model.load_stude
 import sample
 from data import Parser, cli, number, require
 from losses import guided
-from model import TO_HEAR, System, find, load_scheduler, load_unet, open_student, read_settings
+from model import TO_HEAR, System, find, load_unet, open_student, read_settings
 from recipes.clips import many_steps
 
 
@@ -17,8 +17,7 @@ class Teacher(System):
     def __init__(self, folder, steps, guidance, seconds=None, precision="auto", device=None):
         about = {"teacher": str(folder), "steps": steps, "guidance": guidance}
         super().__init__(folder, load_unet(folder), about, seconds, precision, device)
-        self.steps, self.scheduler = steps, load_scheduler(folder)
-        self.eps = guided(self.eps, self.encode_text([""]), guidance)
+        self.steps, self.eps = steps, guided(self.eps, self.encode_text([""]), guidance)
 
     def latents(self, z_T, text):
         return many_steps(self.eps, z_T, text, self.scheduler, self.steps)

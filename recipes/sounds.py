@@ -40,6 +40,7 @@ def parse_args(argv=None):
     add("--old", type=number(int), default=100, help="how many of them, from the first")
     add("--all_weights", action="store_true", help="train the UNet itself, without an adapter")
     add("--lr", type=number(float), default=1e-4, help="rate; for --all_weights try a tenth")
+    add("--cache", help="file to keep latents in; default: latents.safetensors in --out_dir")
     for group in train.add_run, train.add_vsd:
         group(lambda name, **kw: None if name[2:] in UNUSED else add(name, **kw))
     p.set_defaults(out_dir="out_sounds", max_steps=2000, grad_accum=1, warmup=50, decay=True,
@@ -103,7 +104,7 @@ def write_captions(args, new):
 @torch.no_grad()
 def encode(run, paths):
     """Latents (paths, C, h, w) in fp16 of each sound's loudest part; --cache keeps them."""
-    path, n = run.out / "latents.safetensors", run.shape[2] * 8 * model.HOP
+    path, n = Path(run.args.cache or run.out / "latents.safetensors"), run.shape[2] * 8 * model.HOP
     about = {key: run.identity[key] for key in ("VAE's weights", "sounds", "latents")}
     if len(found := read_clips(path, about, run.shape)):
         return found

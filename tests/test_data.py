@@ -106,7 +106,7 @@ def test_bad_files_are_named(tmp_path, name, content, says):
     path = tmp_path / name
     if content is not None:
         write(path, content)
-    with pytest.raises((InputError, OSError)) as e:
+    with pytest.raises(FileNotFoundError if content is None else InputError) as e:
         read_captions(path)
     assert name in str(e.value) and says in str(e.value) and "\n" not in str(e.value)
 
