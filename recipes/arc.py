@@ -13,7 +13,7 @@ import train
 from data import Parser, cli, draw_batch, number, require
 from losses import diffuse, one_step
 from model import denoiser, load_unet
-from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
 
 
 def parse_args(argv=None):
@@ -85,13 +85,12 @@ def main(argv=None):
     require(args.d_t_min < args.d_t_max <= len(alpha), f"--d_t_min {args.d_t_min} must be below "
             f"--d_t_max {args.d_t_max}, and that at most {len(alpha)}")
 
-    # ---- what learns: the student and D --------------------------------------------------------
     torch.manual_seed(args.seed)
     D = Discriminator(load_unet(run.folder), args.d_frozen, run.amp).to(device)
     weights = {"student": list(run.student.parameters()),
                "d": [w for w in D.parameters() if w.requires_grad]}
-    rates = {"student": args.lr, "d": args.d_lr}
-    opts = {name: train.adamw(args, weights[name], rates[name]) for name in rates}
+    opts = {"student": train.adamw(args, weights["student"], args.lr),
+            "d": train.adamw(args, weights["d"], args.d_lr)}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
     run.resume(weights, opts)
     net = train.prepare(run, run.student)
@@ -102,48 +101,36 @@ def main(argv=None):
     clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size
 
-    # ---- the loop, as in train.py --------------------------------------------------------------
-    for step in run.steps("arc", "arc", "d_right", "x0_std"):
-        for name, opt in opts.items():
-            opt.param_groups[0]["lr"] = rates[name] * train.learning_rate(step, args)
-            opt.zero_grad()
-        for micro in range(args.grad_accum):
-            numbers = run.numbers(step, micro)
-            z_T = draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)[0].to(device)
-            noises, t = (x.to(device) for x in draw_more(
-                numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
-            y, text = clips_of(numbers, run, clips)
-            for part in (net, scores):                  # DDP averages gradients once a step
-                part.require_backward_grad_sync = micro == args.grad_accum - 1
+    def backward(numbers):
+        z_T = draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)[0].to(device)
+        noises, t = (x.to(device) for x in draw_more(
+            numbers, args.seed, 3, run.shape, args.d_t_min, args.d_t_max))
+        y, text = clips_of(numbers, run, clips)
 
-            # D scores both clips at one t and noise, and with 0.05 more (R1, R2; stable-audio-tools
-            # d7e78b0 has 0.05, its 9418630 0.01 and weight 100). It prefers the real clip to the
-            # fake (relativistic), the right caption to another (contrastive).
-            x0 = one_step(eps, z_T, text, alpha, sigma, args.student_t)
-            fake = x0.detach().requires_grad_()
-            y_t, fake_t = (diffuse(clip, t, noises[0], alpha, sigma) for clip in (y, fake))
-            made = scores(fake_t, t, text)
-            real, wrong, near_real, near_made = scores(
-                torch.cat([y_t, y_t, y_t + 0.05 * noises[1], fake_t.detach() + 0.05 * noises[2]]),
-                t.repeat(4), torch.cat([text, text.roll(1, 0), text, text])).chunk(4)
-            d = (relativistic_loss(real, made) + args.contrast * relativistic_loss(real, wrong)
-                 + args.r1 * (near_real - real).square().mean(1)
-                 + args.r2 * (near_made - made).square().mean(1))
+        # D scores both clips at one t and noise, and with 0.05 more (R1, R2; stable-audio-tools
+        # d7e78b0 has 0.05, its 9418630 0.01 and weight 100). It prefers the real clip to the fake
+        # (relativistic), the right caption to another (contrastive).
+        x0 = one_step(eps, z_T, text, alpha, sigma, args.student_t)
+        fake = x0.detach().requires_grad_()
+        y_t, fake_t = (diffuse(clip, t, noises[0], alpha, sigma) for clip in (y, fake))
+        made = scores(fake_t, t, text)
+        real, wrong, near_real, near_made = scores(
+            torch.cat([y_t, y_t, y_t + 0.05 * noises[1], fake_t.detach() + 0.05 * noises[2]]),
+            t.repeat(4), torch.cat([text, text.roll(1, 0), text, text])).chunk(4)
+        d = (relativistic_loss(real, made) + args.contrast * relativistic_loss(real, wrong)
+             + args.r1 * (near_real - real).square().mean(1)
+             + args.r2 * (near_made - made).square().mean(1))
 
-            # The student wants its fake preferred; `made` is used again, so its graph is kept.
-            arc = relativistic_loss(made, real.detach())
-            to_x0, = torch.autograd.grad(arc.sum(), fake, retain_graph=True)
-            (d.mean() / args.grad_accum).backward(inputs=weights["d"])
-            ((x0 * to_x0).flatten(1).sum(1).mean() / args.grad_accum).backward()
-            d_right = (real > made).float().mean(1)
-            run.log(arc=arc, d=d, d_right=d_right, x0_std=x0.std((1, 2, 3)))
+        # The student wants its fake preferred; `made` is used again, so its graph is kept.
+        arc = relativistic_loss(made, real.detach())
+        to_x0, = torch.autograd.grad(arc.sum(), fake, retain_graph=True)
+        (d.mean() / args.grad_accum).backward(inputs=weights["d"])
+        ((x0 * to_x0).flatten(1).sum(1).mean() / args.grad_accum).backward()
+        d_right = (real > made).float().mean(1)
+        run.log(arc=arc, d=d, d_right=d_right, x0_std=x0.std((1, 2, 3)))
 
-        for name, opt in opts.items():
-            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
-            run.log(**{f"grad_{name}": norm})
-            if name == "d" or step >= args.d_first:
-                opt.step()
-        train.average(weights, args.ema, step)
+    fit(run, [net, scores], weights, opts, backward, "arc", "arc", "d_right", "x0_std",
+        first={"student": args.d_first})
     return run.end()
 
 

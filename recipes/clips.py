@@ -1,4 +1,4 @@
-"""A teacher's own clips, made once and kept: what arc, energy and consistency learn from."""
+"""What recipes share: a loop as train.py's, and a teacher's own clips, made once and kept."""
 import json
 import time
 from pathlib import Path
@@ -9,9 +9,34 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+import train
 from data import InputError, caption_at, locked, number, replace_file, require
 from losses import guided, one_step
 from model import cause, denoiser, noise_schedule
+
+
+def fit(run, nets, weights, opts, backward, *shown, first={}):
+    """Train as train.py does, and end: backward(numbers) adds the gradients of a micro-batch.
+
+    nets: those that DDP may have. weights, opts: {name: a network's}; first: {name: step from which
+    it learns}. The terminal shows what backward logs under the names `shown`.
+    """
+    args = run.args
+    for step in run.steps(*shown):
+        for opt in opts.values():
+            opt.param_groups[0]["lr"] = opt.defaults["lr"] * train.learning_rate(step, args)
+            opt.zero_grad()
+        for micro in range(args.grad_accum):
+            for net in nets:                            # DDP averages gradients once a step
+                net.require_backward_grad_sync = micro == args.grad_accum - 1
+            backward(run.numbers(step, micro))
+        for name, opt in opts.items():
+            norm = torch.nn.utils.clip_grad_norm_(weights[name], args.grad_clip or float("inf"))
+            run.log(**{f"grad_{name}": norm})
+            if step >= first.get(name, 0):
+                opt.step()
+        if "ema" in weights:
+            train.average(weights, args.ema, step)
 
 
 def add_clips(add):

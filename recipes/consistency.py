@@ -17,7 +17,7 @@ import train
 from data import Parser, cli, number, require
 from losses import at, diffuse, guided
 from model import denoiser
-from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
 
 
 def parse_args(argv=None):
@@ -74,39 +74,29 @@ def main(argv=None):
             f"teacher has {T + 1} timesteps")
     grid = ddim_timesteps(args.ode_steps, T).to(device)
 
-    # ---- what learns: the student; the target is its average -----------------------------------
+    # The target is the student's average, which is saved; with --ema 0 it is the student itself.
     target = copy.deepcopy(run.student).requires_grad_(False)
     weights = {"student": list(run.student.parameters()), "ema": list(target.parameters())}
-    opt = train.adamw(args, weights["student"], args.lr)
-    run.resume(weights, {"student": opt})
+    opts = {"student": train.adamw(args, weights["student"], args.lr)}
+    run.resume(weights, opts)
     net = train.prepare(run, run.student)
     student, target, teacher = (denoiser(n, run.amp) for n in (net, target, run.unet))
     teacher = guided(teacher, run.null, args.guidance)
     clips = teacher_clips(run, run.unet)
 
-    # ---- the loop, as in train.py --------------------------------------------------------------
-    for step in run.steps("consistency", "consistency", "x0_std"):
-        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        opt.zero_grad()
-        for micro in range(args.grad_accum):
-            numbers = run.numbers(step, micro)
-            noises, i = (x.to(device) for x in draw_more(
-                numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
-            y, text = clips_of(numbers, run, clips)
-            net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
+    def backward(numbers):
+        noises, i = (x.to(device) for x in draw_more(
+            numbers, args.seed, 1, run.shape, 1, args.ode_steps + 1))
+        y, text = clips_of(numbers, run, clips)
+        # The student at t must say what its average says one step of the teacher further on.
+        t, s = grid[i], grid[i - 1]
+        x = diffuse(y, t, noises[0], alpha, sigma)
+        loss, x0 = consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma,
+                                    args.loss)
+        (loss.mean() / args.grad_accum).backward()
+        run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
 
-            # The student at t must say what its average says one step of the teacher further on.
-            t, s = grid[i], grid[i - 1]
-            x = diffuse(y, t, noises[0], alpha, sigma)
-            loss, x0 = consistency_loss(student, target, teacher, x, t, s, text, alpha, sigma,
-                                        args.loss)
-            (loss.mean() / args.grad_accum).backward()
-            run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
-
-        norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
-        run.log(grad_student=norm)
-        opt.step()
-        train.average(weights, args.ema, step)          # --ema 0: the target is the student itself
+    fit(run, [net], weights, opts, backward, "consistency", "consistency", "x0_std")
     return run.end()
 
 

@@ -18,6 +18,7 @@ import model
 import train
 from data import InputError, Parser, caption_at, cli, number, require
 from extras.metrics import blocks
+from recipes.clips import fit
 
 
 def parse_args(argv=None, doc=__doc__, part="decoder", **defaults):
@@ -35,7 +36,8 @@ def parse_args(argv=None, doc=__doc__, part="decoder", **defaults):
     add("--save_every", type=count, default=500, help="steps between checkpoints")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed")
     add("--device", help="cuda, mps or cpu; default: the first there is")
-    p.set_defaults(warmup=50, decay=True, grad_accum=1, keep_every=0, log_every=10, **defaults)
+    p.set_defaults(warmup=50, decay=True, grad_accum=1, grad_clip=0.0, keep_every=0,
+                   log_every=10, **defaults)
     args = p.parse_args(argv)
     args.defaults = {name: p.get_default(name) for name in vars(args)}
     require(args.clips >= args.batch_size,
@@ -81,19 +83,18 @@ def make_pairs(run, pair):
 def learn(run, weights, pair, loss):
     """Train weights by loss(*pair) of make_pairs(), or go on: main()'s exit code."""
     args, part = run.args, run.identity["recipe"]
-    opt = torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))
-    run.resume({part: weights}, {part: opt}, "config.json")
+    weights, opts = {part: weights}, {part: torch.optim.Adam(weights, args.lr, betas=(0.9, 0.99))}
+    run.resume(weights, opts, "config.json")
     pairs = make_pairs(run, pair) if run.first_step < args.max_steps else []
     del run.system                              # at full size 4 GB
 
-    for step in run.steps(part, "loss"):
-        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        rows = [caption_at(range(args.clips), args.seed, n) for n in run.numbers(step, 0)]
+    def backward(numbers):
+        rows = [caption_at(range(args.clips), args.seed, n) for n in numbers]
         found = loss(*(x[rows].to(run.device).float() for x in pairs))
-        opt.zero_grad()
         found.backward()
-        run.log(loss=found, grad=torch.nn.utils.clip_grad_norm_(weights, float("inf")))
-        opt.step()
+        run.log(loss=found)
+
+    fit(run, [], weights, opts, backward, part, "loss")
     return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
 
 

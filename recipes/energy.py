@@ -8,13 +8,11 @@ The same command again resumes. Writes to --out_dir what train.py does, and clip
 """
 import itertools
 
-import torch
-
 import train
 from data import Parser, cli, number, require
 from losses import one_step
 from model import denoiser
-from recipes.clips import add_clips, clips_of, draw_more, teacher_clips
+from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
 
 
 def parse_args(argv=None):
@@ -52,37 +50,26 @@ def main(argv=None):
     require(run.shape[-1] % args.patch == 0, f"--patch {args.patch}: the latents' {run.shape[-1]} "
             "columns are not a multiple of it")
 
-    # ---- what learns: the student --------------------------------------------------------------
     weights = {"student": list(run.student.parameters())}
-    opt = train.adamw(args, weights["student"], args.lr)
+    opts = {"student": train.adamw(args, weights["student"], args.lr)}
     weights["ema"] = [w.detach().clone() for w in weights["student"]] if args.ema else []
-    run.resume(weights, {"student": opt})
+    run.resume(weights, opts)
     net = train.prepare(run, run.student)
     eps = denoiser(net, run.amp)
     clips = teacher_clips(run, run.unet)
     del run.unet                                        # 1.7 GB at full size
 
-    # ---- the loop, as in train.py --------------------------------------------------------------
-    for step in run.steps("energy", "energy", "x0_std"):
-        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        opt.zero_grad()
-        for micro in range(args.grad_accum):
-            numbers = run.numbers(step, micro)
-            z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
-            y, text = clips_of(numbers, run, clips)
-            net.require_backward_grad_sync = micro == args.grad_accum - 1   # once a step
+    def backward(numbers):
+        z_T = draw_more(numbers, args.seed, args.samples, run.shape)[0].to(device)
+        y, text = clips_of(numbers, run, clips)
+        # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
+        x = one_step(eps, z_T.flatten(0, 1), text.repeat(args.samples, 1, 1), alpha, sigma,
+                     args.student_t).unflatten(0, (args.samples, -1))
+        energy = energy_loss(x, y, args.patch)
+        (energy.mean() / args.grad_accum).backward()
+        run.log(energy=energy, x0_std=x[0].std((1, 2, 3)))
 
-            # Several clips x (m, B, C, h, w) of each caption, scored against the teacher's one.
-            x = one_step(eps, z_T.flatten(0, 1), text.repeat(args.samples, 1, 1), alpha, sigma,
-                         args.student_t).unflatten(0, (args.samples, -1))
-            energy = energy_loss(x, y, args.patch)
-            (energy.mean() / args.grad_accum).backward()
-            run.log(energy=energy, x0_std=x[0].std((1, 2, 3)))
-
-        norm = torch.nn.utils.clip_grad_norm_(weights["student"], args.grad_clip or float("inf"))
-        run.log(grad_student=norm)
-        opt.step()
-        train.average(weights, args.ema, step)
+    fit(run, [net], weights, opts, backward, "energy", "energy", "x0_std")
     return run.end()
 
 

@@ -25,7 +25,7 @@ from extras.audio import encode_audio, read_file, resample
 from extras.metrics import OTHERS, SOUNDS, sha256
 from lora import inject, lora_layers, save_lora
 from losses import lora_loss
-from recipes.clips import keep_clips, read_clips
+from recipes.clips import fit, keep_clips, read_clips
 
 FILE = ("file_name", "file", "wav", "location")         # columns of metadata that name a sound
 UNUSED = ("init captions max_captions student_t guidance keep_every ema lr lora_guidance tv t_min "
@@ -153,30 +153,26 @@ def main(argv=None):
     run.save_result = lambda step: save_teacher(run)
     torch.manual_seed(args.seed)
     how = args.lora_targets, args.lora_rank, args.lora_alpha
-    weights = [*run.student.parameters()] if args.all_weights else inject(run.student, *how)
-    opt = train.adamw(args, weights, args.lr)
-    run.resume({"teacher": weights}, {"teacher": opt}, "teacher")
+    learn = [*run.student.parameters()] if args.all_weights else inject(run.student, *how)
+    weights, opts = {"teacher": learn}, {"teacher": train.adamw(args, learn, args.lr)}
+    run.resume(weights, opts, "teacher")
     latents = encode(run, [*sounds])
     del run.decoder, run.unet                           # gigabytes at full size
     pairs = [(row, text) for row, texts in enumerate(sounds.values()) for text in texts]
     net = train.prepare(run, run.student)
     eps_teacher = model.denoiser(net, run.amp)
-    for step in run.steps("sounds", "loss"):
-        opt.param_groups[0]["lr"] = args.lr * train.learning_rate(step, args)
-        opt.zero_grad()
-        for micro in range(args.grad_accum):
-            numbers = run.numbers(step, micro)
-            net.require_backward_grad_sync = micro == args.grad_accum - 1   # DDP, once a step
-            rows, texts = zip(*(caption_at(pairs, args.seed, n) for n in numbers))
-            _, eps, _, _, t, u = data.draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)
-            x0, eps, t, u = (x.to(run.device) for x in (latents[[*rows]].float(), eps, t, u))
-            text = torch.where((u < 0.1)[:, None, None], run.null, run.encode_text(texts))
-            # of v, as in tiny/make.py: plain eps-MSE hardly trains high t, where a student starts
-            loss = lora_loss(x0, t, eps, text, eps_teacher, run.alpha, run.sigma, "v")
-            (loss.mean() / args.grad_accum).backward()
-            run.log(loss=loss)
-        run.log(grad=torch.nn.utils.clip_grad_norm_(weights, args.grad_clip or float("inf")))
-        opt.step()
+
+    def backward(numbers):
+        rows, texts = zip(*(caption_at(pairs, args.seed, n) for n in numbers))
+        _, eps, _, _, t, u = data.draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)
+        x0, eps, t, u = (x.to(run.device) for x in (latents[[*rows]].float(), eps, t, u))
+        text = torch.where((u < 0.1)[:, None, None], run.null, run.encode_text(texts))
+        # of v, as in tiny/make.py: plain eps-MSE hardly trains high t, where a student starts
+        loss = lora_loss(x0, t, eps, text, eps_teacher, run.alpha, run.sigma, "v")
+        (loss.mean() / args.grad_accum).backward()
+        run.log(loss=loss)
+
+    fit(run, [net], weights, opts, backward, "sounds", "loss")
     return run.end(f"python train.py --teacher {run.out}/teacher --captions {args.captions}")
 
 
