@@ -65,43 +65,28 @@ def label(x, y, text):
     return f'<g font-weight="bold">{line}</g>' if text[0] == "*" else line
 
 
-def head(d):
-    """The head of an arrow along a path of M, H, V and C, which ends to the right."""
-    x = y = turn = 0
-    for command, numbers in re.findall(r"([MHVC])([\d. ]+)", d):
-        *_, u, v = 0, *map(int, numbers.split())
-        to = {"H": (v, y), "V": (x, v)}.get(command, (u, v))
-        turn = 0 if command in "MC" else math.degrees(math.atan2(to[1] - y, to[0] - x))
-        x, y = to
-    return (f'<path class="head" transform="translate({x} {y}) rotate({turn:.0f})" '
-            'd="M0 0L-9 4.5V-4.5Z"/>')
-
-
 def step():
     """One training step, from BOXES, ARROWS and SAYS."""
-    body = []
+    body = [f'<marker id="{look}head" class="{look} head" viewBox="-9 -5 9 10" markerWidth="9" '
+            'markerHeight="10" markerUnits="userSpaceOnUse" orient="auto">'
+            '<path class="head" d="M0 0L-9 4.5V-4.5Z"/></marker>' for look in ("", "c0", "c1")]
     for x, y, w, h, look, text in BOXES:
         lines = text.split("|")
         body.append(f'<rect class="{look}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>')
         body += [label(x + w / 2, y + h / 2 + 18 * i - 9 * len(lines) + 14, line)
                  for i, line in enumerate(lines) if line]
-    body += [f'<g class="{look}"><path d="{d}"/>{head(d)}</g>' for look, d in ARROWS]
+    body += [f'<g class="{look}"><path d="{d}" marker-end="url(#{look[:2]}head)"/></g>'
+             for look, d in ARROWS]
     body += [f'<g class="{look}">{label(x, y, text)}</g>' for x, y, look, text in SAYS]
     return svg(400, *body)
 
 
 def table(text, title):
-    """Read the table under a heading: [(row's name, {column: (number, deviation)})].
-
-    "second list: FD | KL" are the columns "second list: FD" and "second list: KL".
-    """
+    """Read the table under a heading: [(row's name, {column: (number, deviation)})]."""
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0].replace("**", "")
     (_, *columns), *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                              for line in section.splitlines() if line.startswith("| "))
-    group, rows = "", []
-    for i, name in enumerate(columns):
-        group = name.partition(":")[0] + ": " if ":" in name else group
-        columns[i] = group + name.removeprefix(group)
+    rows = []
     for name, *cells in lines:
         numbers = [re.findall(r"\d[\d.]*", cell.replace(",", "")) for cell in cells]
         rows.append((name, {column: (float(n[0]), float([*n, 0][1]))
@@ -111,25 +96,20 @@ def table(text, title):
 
 def above_floor(rows, column):
     """[(row's name, (FD minus that of real audio, deviation))]; FD to teacher: the teacher's."""
-    floor = dict(rows)["teacher, 25 steps" if column.endswith("to teacher") else
+    floor = dict(rows)["teacher, 25 steps" if "to teacher" in column else
                        "real audio, rendered again"][column][0]
     return [(name, (row[column][0] - floor, row[column][1])) for name, row in rows if column in row]
 
 
-def over_steps(rows, column):
-    return [(int(name.replace(",", "")), y) for name, y in above_floor(rows, column)
-            if name[0].isdigit()]
+def scale(low, high, start, end):
+    """The function that puts [low, high] on [start, end], by logarithms."""
+    return lambda v: start + (end - start) * math.log(v / low) / math.log(high / low)
 
 
-def scale(low, high, start, end, f=float):
-    """The function that puts [low, high] on [start, end]; f: float, or math.log."""
-    return lambda v: start + (end - start) * (f(v) - f(low)) / (f(high) - f(low))
-
-
-def lines(x_name, y_name, y_ticks, f, curves):
-    """Curves {name: [(x, (y, deviation))]}, x on a logarithmic scale, y on that of f."""
+def lines(x_name, y_name, y_ticks, curves):
+    """Curves {name: [(x, (y, deviation))]}, on logarithmic scales."""
     xs, body, end, place = sorted({x for c in curves.values() for x, _ in c}), [], 1e9, 340
-    X, Y = scale(xs[0], xs[-1], 80, 600, math.log), scale(y_ticks[0], y_ticks[-1], 320, 24, f)
+    X, Y = scale(xs[0], xs[-1], 80, 600), scale(y_ticks[0], y_ticks[-1], 320, 24)
     for x in reversed(xs):
         body.append(f'<path class="grid" d="M{X(x):.1f} 24V320"/>')
         if end - X(x) > 42:                             # there is room for the number
@@ -149,42 +129,22 @@ def lines(x_name, y_name, y_ticks, f, curves):
                f'<g transform="translate(20 172) rotate(-90)">{words(0, 0, y_name)}</g>')
 
 
-def dots(rows, column):
-    """FD above its floor, a line for each row but the two floors."""
-    body, kinds, y, X = [], {}, 28, scale(0, 90, 280, 770)
-    for (name, row), (_, (mean, std)) in zip(rows, above_floor(rows, column), strict=True):
-        if "steps x captions" in row:
-            i = kinds.setdefault(name.split()[0], len(kinds))
-            steps, captions = row["steps x captions"]
-            name = name.partition(" (")[0] + f", {steps:,.0f} x {captions:.0f}" * (steps > 0)
-            body += [words(268, y + 4, name, "end"), f'<g class="c{i}">',
-                     f'<path d="M{X(mean - std):.1f} {y}H{X(mean + std):.1f}"/>',
-                     f'<circle cx="{X(mean):.1f}" cy="{y}" r="5"/></g>']
-            y += 30
-    for v in range(0, 91, 10):
-        body[:0] = [f'<path class="grid" d="M{X(v):.1f} 16V{y - 12}"/>', words(X(v), y + 6, v)]
-    return svg(y + 42, *body, words(525, y + 30, "FD to teacher, above its floor"))
-
-
 def figures(text):
     """{file: picture} from the text of RESULTS.md; each run in the curve's columns is drawn."""
-    rows, pairs = table(text, "The learning curve"), table(text, "What the captions cover")
-    curve = {column: over_steps(rows, column) for column in rows[-1][1] if "FD" in column}
+    rows, passes = table(text, "The learning curve"), {}
+    curve = {column: [(int(name.replace(",", "")), y) for name, y in above_floor(rows, column)
+                      if name[0].isdigit()] for column in rows[-1][1] if "FD" in column}
     first, *_ = curve
     lowest = min(y for points in curve.values() for _, (y, _) in points)
     ticks = [y for y in (1.25, 2.5, 5, 10, 20, 40) if y > lowest / 2]
     teacher = dict(above_floor(rows, first))["teacher, 25 steps"]
     curve["teacher, 25 steps: FD"] = [(x, teacher) for x, _ in curve[first]]
-    cover = {kind: over_steps(pairs, f"{kind}: FD to teacher")
-             for kind in ("seen pairs", "unseen pairs")}
-    passes, steps, above = {}, "training steps", "above its floor"
     for name, row in table(text, "Passes against quality"):
         passes.setdefault(re.split(r", | \(", name)[0], []).append((row["passes"][0], row["FD"]))
     return {
-        "step.svg": step(), "curve.svg": lines(steps, above, ticks, math.log, curve),
-        "coverage.svg": lines(steps, f"FD to teacher, {above}", range(0, 61, 10), float, cover),
-        "queries.svg": lines("UNet passes", "FD", (20, 50, 100, 200, 500), math.log, passes),
-        "families.svg": dots(table(text, "One teacher, every family"), "third list: FD to teacher")}
+        "step.svg": step(),
+        "curve.svg": lines("training steps", "above its floor", ticks, curve),
+        "queries.svg": lines("UNet passes", "FD", (20, 50, 100, 200, 500), passes)}
 
 
 if __name__ == "__main__":
