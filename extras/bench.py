@@ -9,10 +9,11 @@ and more adapters. The full-size model has random weights, on which speed does n
 is the arithmetic of plain fp32 (of the rows "fast", with a small decoder and vocoder, their own)
 over the time, as a share of what a large matrix product reaches, in bf16 if it can.
 """
+import contextlib
 import functools
 import gc
+import io
 import tempfile
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -86,34 +87,23 @@ def sampler(kind, folder, device, batch, args):
 
 
 def trainer(kind, folder, device, batch, args):
-    """Return {STEP: train.py's own loop in the paper's setting, which logs and saves nothing}."""
+    """Return {STEP: train.py's own loop in the paper's setting, which saves nothing}."""
     def measure(runs):
-        times = []
-
-        class Timed(train.Run):
-            def __init__(self, *where):
-                super().__init__(*where)
-                self.say = lambda line: None
-
-            def steps(self, *names):
-                for step in range(2 + runs if runs else 1):             # two to warm up
-                    yield step
-                    if device.type != "cpu":
-                        torch.accelerator.synchronize()
-                    times.append(time.perf_counter())
-
-        layout = torch.contiguous_format if kind == PLAIN else torch.channels_last
+        layout, lines = torch.contiguous_format if kind == PLAIN else torch.channels_last, []
         with tempfile.TemporaryDirectory() as out, patch.multiple(
-                train, Run=Timed, read_settings=lambda folder: {},      # no flags of its own
-                load_unet=lambda *where: load_unet(*where).to(memory_format=layout)):
+                train, read_settings=lambda folder: {},                 # no flags of its own
+                load_unet=lambda *where: load_unet(*where).to(memory_format=layout)
+                ), patch.object(train.Run, "save", lambda run, step: lines.extend(run.lines)
+                ), contextlib.redirect_stdout(io.StringIO()):
             Path(out, "captions.txt").write_text("a dog barks\n")
             train.main([
                 f"--teacher={folder}", f"--captions={out}/captions.txt", f"--out_dir={out}",
                 f"--device={device}", f"--batch_size={batch}", "--grad_accum=1",
+                f"--max_steps={2 * runs or 1}", f"--log_every={runs or 1}",     # half: warm-up
                 f"--precision={'fp32' if kind == PLAIN else 'auto'}",
                 *[f"--{name}" for name in ("compile", "checkpointing")
                   if kind == OURS and getattr(args, name)]])
-        return (times[-1] - times[1]) / runs if runs else 0
+        return batch / lines[-1]["samples_per_s"]
 
     return {STEP: measure}
 
