@@ -1,57 +1,20 @@
-"""Draw the figures of docs/assets: a training step, and tables of RESULTS.md.
+"""Draw the figures of docs/assets: a training step, of step.json, and tables of RESULTS.md.
 
     python docs/draw.py
 """
+import json
 import math
 import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STYLE = """<style> svg { font: 13px sans-serif }
-path, rect { fill: none; stroke: currentColor } text, circle, .head { fill: currentColor }
-.wide { stroke-width: 2.5 } .head, .paper { stroke: none }
-.ink { color: #24292f } .grid { color: #d0d7de } .in, .paper { fill: #fff }
-.c0 { color: #c0392b } .c1 { color: #1f6fb2 } .c2 { color: #9a6200 } .c3 { color: #1a7f37 }
-.c4 { color: #8250df } .fill { fill: #e9edf1 }
-@media (prefers-color-scheme: dark) {
-.ink { color: #e6edf3 } .grid { color: #3d444d } .in, .paper { fill: #0d1117 }
-.c0 { color: #ff7b6b } .c1 { color: #6cb6ff } .c2 { color: #e3a84f } .c3 { color: #57c274 }
-.c4 { color: #c297ff } .fill { fill: #262d35 } }
-</style>"""
-# A training step. Boxes: x, y, width, height, class, lines; * makes one bold, x_0 lowers a letter.
-BOXES = (
-    (520, 66, 150, 270, "fill", ""), (10, 112, 92, 36, "", "noise z_T"),
-    (10, 164, 92, 36, "", "caption y"),
-    (136, 105, 116, 102, "c0 wide", "*student|a UNet, one pass|(eq. 1)"),
-    (286, 134, 64, 44, "", "x_0|a clip"),
-    (379, 122, 114, 68, "", "add noise,|random t (eq. 2)|x_t"),
-    (532, 102, 126, 46, "in", "adapters off:|*teacher"),
-    (532, 162, 126, 46, "in c1 wide", "adapters on:|*LoRA teacher"),
-    (700, 122, 96, 68, "c0", "difference|of the two|(VSD, eq. 3)"),
-    (266, 60, 104, 44, "in c0", "total variation|(eq. 6), optional"),
-    (379, 260, 114, 68, "", "add fresh noise,|another t|(eq. 2)"),
-    (532, 271, 126, 46, "in c1 wide", "adapters on:|*LoRA teacher"),
-    (700, 260, 96, 68, "c1", "error of its|noise estimate|(eq. 8)"))
-ARROWS = (          # class, path
-    ("", "M102 130H134"), ("", "M102 182H134"), ("", "M252 156H284"), ("", "M350 156H377"),
-    ("", "M493 156C508 156 504 126 530 126"), ("", "M493 156C508 156 504 184 530 184"),
-    ("", "M658 126C680 126 682 156 698 156"), ("", "M658 184C680 184 682 156 698 156"),
-    ("", "M318 178V294H377"), ("", "M493 294H530"), ("", "M658 294H698"),
-    ("c0 wide", "M748 122V36H194V103"), ("c0", "M318 134V106"), ("c0", "M318 60V38"),
-    ("c1 wide", "M748 328V366H595V319"))
-SAYS = (            # x, y, class, text
-    (471, 25, "c0", "*student's loss: the difference is its gradient at x_0"),
-    (595, 88, "", "*one frozen UNet"), (595, 233, "", "both read x_t, t and y"),
-    (671, 388, "c1", "*LoRA teacher's loss: denoise x_0"),
-    (150, 330, "c0", "red: trains the student"),
-    (150, 352, "c1", "blue: trains the LoRA teacher's adapters"),
-    (150, 374, "", "plain: forward; the filled UNet never changes"))
+STYLE = (HERE / "figure.css").read_text("utf-8")
 
 
 def svg(height, *body):
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" '
-                      f'class="ink">{STYLE}<path class="paper" d="M0 0H800V{height}H0Z"/>',
-                      *body, "</svg>\n"])
+                      f'class="ink"><style>{STYLE}</style>',
+                      f'<path class="paper" d="M0 0H800V{height}H0Z"/>', *body, "</svg>\n"])
 
 
 def words(x, y, text, anchor="middle"):
@@ -66,18 +29,19 @@ def label(x, y, text):
 
 
 def step():
-    """One training step, from BOXES, ARROWS and SAYS."""
+    """One training step. In step.json * makes a line bold, x_0 lowers a letter."""
+    plan = json.loads((HERE / "step.json").read_text("utf-8"))
     body = [f'<marker id="{look}head" class="{look} head" viewBox="-9 -5 9 10" markerWidth="9" '
             'markerHeight="10" markerUnits="userSpaceOnUse" orient="auto">'
             '<path class="head" d="M0 0L-9 4.5V-4.5Z"/></marker>' for look in ("", "c0", "c1")]
-    for x, y, w, h, look, text in BOXES:
+    for x, y, w, h, look, text in plan["boxes"]:
         lines = text.split("|")
         body.append(f'<rect class="{look}" x="{x}" y="{y}" width="{w}" height="{h}" rx="5"/>')
         body += [label(x + w / 2, y + h / 2 + 18 * i - 9 * len(lines) + 14, line)
                  for i, line in enumerate(lines) if line]
     body += [f'<g class="{look}"><path d="{d}" marker-end="url(#{look[:2]}head)"/></g>'
-             for look, d in ARROWS]
-    body += [f'<g class="{look}">{label(x, y, text)}</g>' for x, y, look, text in SAYS]
+             for look, d in plan["arrows"]]
+    body += [f'<g class="{look}">{label(x, y, text)}</g>' for x, y, look, text in plan["words"]]
     return svg(400, *body)
 
 

@@ -10,20 +10,6 @@ from data import Parser, cli, read_json, replace_text, require
 from model import small_parts
 from train import public
 
-CARD = """---
-license: {licence}
-{base}pipeline_tag: text-to-audio
----
-
-A one-step text-to-audio student of {teacher}, made with SwiftAudio (arXiv 2606.31259): a clip in
-one UNet pass.
-
-- Sample: `python sample.py --student FOLDER --prompt "a dog barks"`
-- Trained: `{command}`, {step} steps
-- Licence: that of the teacher, of which this is an adaptation
-{decoder}- Metrics: {metrics}
-"""
-
 
 def write_card(folder, metrics=None):
     """Write README.md beside a student's swiftaudio.json; without metrics, keep those it has."""
@@ -37,10 +23,10 @@ def write_card(folder, metrics=None):
     command = shlex.join(map(public, shlex.split(about.get("command", "python train.py"))))
     small = " and ".join(small_parts(Path(folder)))
     licence = "cc-by-nc-sa-4.0" if re.search("auffusion|swiftaudio", name.lower()) else "other"
-    replace_text(path, CARD.format(
+    template = Path(__file__).with_name("card.md").read_text("utf-8")
+    replace_text(path, template.format(
         licence="mit" if name == "tiny" else licence, teacher=name, step=about["step"],
-        base=f"base_model: {name}\n" if "/" in name else "",
-        command=command,
+        base=f"base_model: {name}\n" if "/" in name else "", command=command,
         decoder=f"- Small {small}: `--decoder fast`\n" if small else "",
         metrics=metrics or "not measured; see extras/eval.py"))
     return path

@@ -1,4 +1,4 @@
-"""Random teachers in Auffusion's layouts: small ones for tests, its full size for bench.py."""
+"""Random teachers in Auffusion's layout: small ones for tests, its full size for bench.py."""
 import json
 
 import torch
@@ -42,9 +42,9 @@ def write_vocoder(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, text_layers=1,
-                  heads=2, layers=1, groups=4, vocab=None, text_heads=2):
-    """Write a random teacher of Auffusion's structure: layout "plain" or, older, "adapter"."""
+def write_teacher(folder, *, dim, unet, vae, vocoder, seconds, text_layers=1, heads=2, layers=1,
+                  groups=4, vocab=None, text_heads=2):
+    """Write a random teacher of Auffusion's structure, in the layout of full-no-adapter."""
     torch.manual_seed(0)
     UNet2DConditionModel(
         sample_size=64, layers_per_block=layers, block_out_channels=unet, norm_num_groups=groups,
@@ -60,20 +60,10 @@ def write_teacher(folder, layout="plain", *, dim, unet, vae, vocoder, seconds, t
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True,
         steps_offset=1, set_alpha_to_one=False).save_pretrained(folder / "scheduler")
     write_vocoder(folder / "vocoder", vocoder)
-    encoder = folder / ("text_encoder" if layout == "plain" else "text_encoder_0")
-    size = write_tokenizer(folder / "tokenizer" if layout == "plain" else encoder)
+    size = write_tokenizer(folder / "tokenizer")
     CLIPTextModel(CLIPTextConfig(
         vocab_size=vocab or size, hidden_size=dim, intermediate_size=4 * dim, projection_dim=dim,
         num_hidden_layers=text_layers, num_attention_heads=text_heads, bos_token_id=size - 2,
-        eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(encoder)
-    if layout == "adapter":
-        (folder / "condition_config.json").write_text(json.dumps([{
-            "text_encoder_name": "text_encoder_0", "condition_adapter_name": "condition_adapter_0",
-            "condition_max_length": 77, "condition_dim": dim, "cross_attention_dim": dim}]))
-        (home := folder / "condition_adapter_0").mkdir()
-        (home / "config.json").write_text(json.dumps({"condition_dim": dim}))
-        torch.save({"proj.weight": torch.randn(dim, dim), "proj.bias": torch.randn(dim),
-                    "norm.weight": torch.rand(dim) + 0.5, "norm.bias": torch.randn(dim)},
-                   home / "condition_adapter.pt")
+        eos_token_id=size - 1, pad_token_id=size - 1)).save_pretrained(folder / "text_encoder")
     (folder / "swiftaudio.json").write_text(json.dumps({"seconds": seconds}))
     return folder

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import gc
+import json
 import os
 import runpy
 import shutil
@@ -41,7 +42,20 @@ SMALL = dict(   # latents (4, 8, 8); two levels hold all kinds of layers, in hal
 
 def write_checkpoint(folder, layout="plain", **more):
     """Write a small random teacher: layout "plain" (no adapter) or "adapter" (the older one)."""
-    return write_teacher(folder, layout, **{**SMALL, **more})
+    write_teacher(folder, **{**SMALL, **more})
+    if layout == "adapter":
+        encoder, dim = (folder / "text_encoder").rename(folder / "text_encoder_0"), SMALL["dim"]
+        shutil.copytree(folder / "tokenizer", encoder, dirs_exist_ok=True)
+        shutil.rmtree(folder / "tokenizer")
+        (folder / "condition_config.json").write_text(json.dumps([{
+            "text_encoder_name": "text_encoder_0", "condition_adapter_name": "condition_adapter_0",
+            "condition_max_length": 77, "condition_dim": dim, "cross_attention_dim": dim}]))
+        (home := folder / "condition_adapter_0").mkdir()
+        (home / "config.json").write_text(json.dumps({"condition_dim": dim}))
+        torch.save({"proj.weight": torch.randn(dim, dim), "proj.bias": torch.randn(dim),
+                    "norm.weight": torch.rand(dim) + 0.5, "norm.bias": torch.randn(dim)},
+                   home / "condition_adapter.pt")
+    return folder
 
 
 @pytest.fixture(scope="session")

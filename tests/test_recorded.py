@@ -17,7 +17,7 @@ def sounds(request, tmp_path_factory):
     """Twelve seconds: of class i a tone at 110 i Hz in fold 1, an octave higher in fold 5."""
     root, rows, ten = tmp_path_factory.mktemp("esc"), ["filename,category"], request.param == 10
     for i, names in enumerate(CLASSES.values(), 1):
-        name = names.split(", ")[0 if ten else -1]
+        name = names[0 if ten else -1]
         folder = root / (f"{i:03} - {name.capitalize()}" if ten else "audio")
         folder.mkdir(exist_ok=True)
         for fold in (1, 5):

@@ -58,11 +58,11 @@ def test_a_held_out_list_is_new_and_has_three_kinds_of_captions(name):
         rows = [row for row in whole if len(row[2]) == 2 and (pair(row[2]) in seen) == known]
         assert score.held_out(512, name, kind) == rows and len(rows) == number
         assert score.held_out(2, name, kind) == [rows[0], rows[number // 2]]
-    assert {pair(row[2]) for row in rows} == {frozenset(names) for names in world.UNSEEN}
+    assert {pair(row[2]) for row in rows} == {*map(frozenset, world.SYNTHESIS.unseen)}
 
 
 def test_rendering_is_a_function_of_the_seed():
-    for event, (subjects, _, _, adverbs) in world.EVENTS.items():
+    for event, (subjects, _, _, adverbs) in world.SYNTHESIS.events.items():
         for subject in range(len(subjects)):
             for adverb in adverbs:
                 events = ((event, subject, adverb),)

@@ -4,34 +4,16 @@ The folder is ESC-10's (https://github.com/karolpiczak/ESC-10, CC BY 3.0): a fol
 ESC-50's: audio/ and meta/esc50.csv. Either way a file is named FOLD-..., and fold 5 is held out.
 """
 import functools
+from pathlib import Path
 
 import numpy as np
 
-from data import read_rows, require
+from data import read_json, read_rows, require
 from extras.audio import read_audio
 from tiny.world import JOINS, RATE, N, World
 
-LOUD = ("softly", "loudly")
-EVENTS = {      # as world.EVENTS; but a subject's synonyms mean the same recordings
-    "dog": (("a dog", "a hound", "a pet dog", "a watchdog"), "barks", "barking", LOUD),
-    "rain": (("rain", "steady rain", "cold rain", "the rain"), "falls", "falling", LOUD),
-    "sea": (("the sea", "the ocean", "the surf", "a sea"), "roars", "roaring", LOUD),
-    "baby": (("a baby", "an infant", "a newborn", "a small baby"), "cries", "crying", LOUD),
-    "clock": (("a clock", "a watch", "a wall clock", "an old clock"), "ticks", "ticking", LOUD),
-    "sneeze": (("someone", "a person", "somebody", "a human"), "sneezes", "sneezing", LOUD),
-    "helicopter": (("a helicopter", "a chopper", "a big helicopter", "a rescue helicopter"),
-                   "flies", "flying", LOUD),
-    "chainsaw": (("a chainsaw", "a power saw", "a motor saw", "a saw"), "buzzes", "buzzing", LOUD),
-    "rooster": (("a rooster", "a cock", "a cockerel", "a farm rooster"), "crows", "crowing", LOUD),
-    "fire": (("a fire", "a campfire", "a bonfire", "a log fire"), "crackles", "crackling", LOUD),
-}
-# What ESC-10 and, if it differs, ESC-50 call them.
-CLASSES = dict(zip(EVENTS, (
-    "dog bark, dog", "rain", "sea waves", "baby cry, crying baby", "clock tick", "person sneeze, "
-    "sneezing", "helicopter", "chainsaw", "rooster", "fire crackling, crackling fire")))
-UNSEEN = [tuple(pair.split()) for pair in (
-    "dog rain", "sea baby", "clock chainsaw", "rooster helicopter", "fire sneeze", "dog clock",
-    "rain helicopter", "sea rooster", "baby fire", "sneeze chainsaw")]
+WORDS = read_json(Path(__file__).with_name("esc10.json"))       # as those of tiny/world.py
+EVENTS, CLASSES = WORDS["events"], WORDS["classes"]     # a class as ESC-10, then ESC-50 call it
 TRAINING, HELD_OUT, FRAME = "1234", "5", 800    # folds; 50 ms
 LESS = {"": (0, 12), "softly": (9, 14), "loudly": (0, 4)}       # dB, of the loudest frame
 
@@ -44,7 +26,7 @@ def files(folder):
     else:
         found = [(path.parent.name, path) for path in folder.glob("*/*.*")]
     sounds = {event: sorted(path for name, path in found if name.lstrip("0123456789 -").replace(
-        "_", " ").lower() in names.split(", ")) for event, names in CLASSES.items()}
+        "_", " ").lower() in names) for event, names in CLASSES.items()}
     require(all(sounds.values()), f"{folder}: no sounds of {[e for e in EVENTS if not sounds[e]]}; "
             "needed is a folder a class, as in ESC-10, or ESC-50's audio/ and meta/esc50.csv")
     return sounds
@@ -89,7 +71,7 @@ class Recordings(World):
     """A source of clips as tiny.world's: crops of the recordings of some folds of a folder."""
 
     def __init__(self, folder, folds=TRAINING, home=None):
-        super().__init__(EVENTS, UNSEEN, home or folder, 16000, (60, 324, 128), 0.4, 2000)
+        super().__init__(WORDS, home or folder, 16000, (60, 324, 128), 0.4, 2000)
         self.teacher, self.labels, self.of = self.home, self.names, (folder, folds)
         load(*self.of)
 

@@ -2,8 +2,8 @@
 
 Twelve sound events with attributes, alone or in pairs ("a dog barks twice while rain falls
 softly"), are written as captions and synthesised with numpy. Nothing is recorded: a caption and a
-seed give a clip of 2.56 s at 16 kHz. To add an event, add a line to EVENTS and a function to
-SOUNDS, then run `python -m tiny.make`.
+seed give a clip of 2.56 s at 16 kHz. To add an event, add a line to synthesis.json and a function
+to SOUNDS, then run `python -m tiny.make`.
 """
 import functools
 import itertools
@@ -11,34 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from data import read_json
+
 RATE, SECONDS = 16000, 2.56
 N = int(RATE * SECONDS)
 
-# event: (subjects, verb, gerund, adverbs). The first subject is the plain one; what the words
-# leave open is drawn at random.
+# event: [subjects, verb, gerund, adverbs]; the first subject is the plain one, and what the words
+# leave open is drawn at random. No training caption has an unseen pair, in either order.
+WORDS = read_json(Path(__file__).with_name("synthesis.json"))
 COUNTS = ("once", "twice", "three times")
-EVENTS = {
-    "dog": (("a dog", "a small dog", "a big dog"), "barks", "barking", COUNTS),
-    "cat": (("a cat", "a kitten"), "meows", "meowing", ("once", "twice")),
-    "bird": (("a bird",), "chirps", "chirping", ("slowly", "quickly")),
-    "rain": (("rain",), "falls", "falling", ("softly", "heavily")),
-    "wind": (("wind",), "blows", "blowing", ("softly", "hard")),
-    "siren": (("a siren",), "wails", "wailing", ("slowly", "quickly")),
-    "bell": (("a bell", "a small bell", "a big bell"), "rings", "ringing", COUNTS),
-    "clock": (("a clock",), "ticks", "ticking", ("slowly", "quickly")),
-    "engine": (("an engine",), "runs", "running", ("slowly", "quickly")),
-    "alarm": (("an alarm",), "beeps", "beeping", COUNTS),
-    "hammer": (("someone", "someone on wood", "someone on metal"), "hammers", "hammering", COUNTS),
-    "thunder": (("thunder",), "rumbles", "rumbling", ("softly", "loudly")),
-}
 JOINS = ("and", "while", "with", "followed by", "then")     # the last two: one after the other
-# Pairs that no training caption contains, in either order. A quarter of the held-out captions
-# are of these.
-UNSEEN = [
-    ("dog", "engine"), ("cat", "siren"), ("bird", "engine"), ("bell", "wind"),
-    ("clock", "thunder"), ("alarm", "hammer"), ("dog", "bell"), ("cat", "hammer"),
-    ("bird", "clock"), ("siren", "rain"), ("engine", "alarm"), ("wind", "thunder"),
-]
 
 
 # ---- sounds ------------------------------------------------------------------------------------
@@ -216,9 +198,10 @@ def render(rng, events, join):
     out, labels = np.zeros(N), []
     ordered = join in ("followed by", "then")
     for i, (event, subject, adverb) in enumerate(events):
-        adverb = adverb or str(rng.choice(EVENTS[event][3]))
+        subjects, _, _, adverbs = WORDS["events"][event]
+        adverb = adverb or str(rng.choice(adverbs))
         if subject == 0 and event != "hammer":  # the plain subject may be any; a hammer draws later
-            subject = int(rng.integers(len(EVENTS[event][0])))
+            subject = int(rng.integers(len(subjects)))
         seconds = SECONDS / 2 if ordered else SECONDS
         x = SOUNDS[event](rng, subject, adverb, seconds)[:int(seconds * RATE)]
         fade = min(320, len(x))                 # 20 ms, so that cut sounds end without a click
@@ -247,13 +230,14 @@ class World:
 
     without = ()
 
-    def __init__(self, events, unseen, home, number, held, single, train):
-        self.events, self.unseen, self.number, self.held = events, unseen, number, held
-        self.single, self.train, self.names = single, train, list(events)
+    def __init__(self, words, home, number, held, single, train):
+        self.events = events = words["events"]
+        self.unseen = [tuple(pair.split()) for pair in words["unseen"]]
+        self.number, self.held, self.single, self.train = number, held, single, train
         self.home, self.build, self.teacher = home, home / "build", home / "teacher"
         self.labels = [f"{e} {a}" for e in events for a in events[e][3]]
-        self.pairs = list(itertools.combinations(self.names, 2))
-        self.seen = [p for p in self.pairs if p not in unseen and p[::-1] not in unseen]
+        self.names, self.pairs = list(events), list(itertools.combinations(events, 2))
+        self.seen = [p for p in self.pairs if not {p, p[::-1]} & {*self.unseen}]
         # places in three_kinds(): training pairs the two events too (seen), or it never does
         one, two, three = itertools.accumulate(held)
         self.kinds = {"all": range(three), "seen": range(one, two), "unseen": range(two, three)}
@@ -283,7 +267,7 @@ class World:
         """
         def attributes(event):
             subjects, _, _, adverbs = self.events[event]
-            return event, int(rng.integers(len(subjects))), str(rng.choice(("",) + 2 * adverbs))
+            return event, int(rng.integers(len(subjects))), str(rng.choice(["", *2 * adverbs]))
 
         while True:
             if rng.random() < share_single:
@@ -343,8 +327,7 @@ class World:
                 for _ in range(number)]
 
 
-SYNTHESIS = World(EVENTS, UNSEEN, Path(__file__).resolve().parent, number=30000,
-                  held=(32, 352, 128), single=0.2, train=6000)
+SYNTHESIS = World(WORDS, Path(__file__).resolve().parent, 30000, (32, 352, 128), 0.2, 6000)
 SYNTHESIS.render = render
 LABELS, KINDS = SYNTHESIS.labels, SYNTHESIS.kinds           # what the classifier tells apart
 captions, held_out, clips = SYNTHESIS.captions, SYNTHESIS.held_out, SYNTHESIS.clips
