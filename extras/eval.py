@@ -3,7 +3,6 @@
     python -m extras.eval score --generated samples --reference recordings            # by file name
     python -m extras.eval audiocaps --captions LIST --reference recordings --out eval/student
     python -m extras.eval clotho --captions LIST --reference recordings --out eval/clotho
-    python -m extras.eval table eval/*/scores.json                                  # side by side
 
 LIST of Table II (audiocaps) is data/test_audiocaps.raw.json of Auffusion's authors on GitHub: 761
 clips with a caption each. That of Table III (clotho) is clotho_captions_evaluation.csv.
@@ -32,7 +31,6 @@ from model import RATE, STUDENT, TO_HEAR, pick_device
 from sample import add_system, read_manifest
 
 DIGITS = {"N": 0, "FD": 2, "FAD": 2, "KL": 2, "IS": 2, "CLAP": 3}       # columns, and decimals
-COMPARED = ("N", "weights", "rate", "seconds", "crop_seed", "list", "fad_reads")
 CLIPS_VERSION = 1       # to be raised when the code makes other clips of the same files and flags
 
 
@@ -92,20 +90,6 @@ def line(name, row=None):
     captions = row["captions"] or "-" if row else "captions"
     hit = f"  hit {row['hit']:.2f} of {row['hit_N']}" if row and row.get("hit_N") else ""
     return f"{name:40s}" + "".join(f"{cell:>8s}" for cell in cells) + f"  {captions}{hit}"
-
-
-def table(args):
-    """Print the rows of several scores.json side by side, if they compare."""
-    rows = {path: read_json(path) for path in args.files}
-    for path, row in rows.items():
-        require(isinstance(row, dict) and {*COMPARED, *DIGITS, "captions"} <= set(row),
-                f"{path}: was not written by this version of extras.eval")
-    for key in COMPARED:
-        values = [row[key] for row in rows.values()]
-        which = f" ({', '.join(map(str, values))})" if key in ("N", "crop_seed") else ""
-        require(all(value == values[0] for value in values),
-                f"these do not compare: {key} differs{which}; score all with the same flags")
-    print("\n".join([line(""), *(line(path, row) for path, row in rows.items())]))
 
 
 def score(args):
@@ -276,15 +260,12 @@ def clotho(args):
 
 def parse_args(argv=None):
     p = data.Parser(__doc__)
-    commands = p.add_subparsers(required=True, metavar="{score,audiocaps,clotho,table}")
-    for command in (score, audiocaps, clotho, table):
+    commands = p.add_subparsers(required=True, metavar="{score,audiocaps,clotho}")
+    for command in (score, audiocaps, clotho):
         about = command.__doc__
         sub = commands.add_parser(command.__name__, description=about, help=about)
         sub.set_defaults(command=command, captions=None, crop_seed=None)
         add = sub.add_argument
-        if command is table:
-            add("files", nargs="+", help="scores.json files")
-            break
         add("--reference", type=Path, required=True, help="folder of recordings (wav, flac, ...)")
         add("--weights", default="~/.cache/swiftaudio", help="folder of CNN14 and VGGish")
         add("--download", action="store_true", help="download them")

@@ -123,12 +123,6 @@ def decoder_loss(image, target, weight=0.1):
     return F.l1_loss(image, target.expand_as(image)) + weight * of_blocks
 
 
-def picture(decoder, x0):
-    """Latents and what the VAE makes of them (B, 1, mels, frames): one channel is heard."""
-    vae = decoder.vae
-    return x0, vae.decode(x0 / vae.config.scaling_factor).sample[:, :1]
-
-
 def main(argv=None):
     args = parse_args(argv)
     run = start(args, "decoder")
@@ -145,6 +139,8 @@ def main(argv=None):
                      "first decoder's weights": train.fingerprint(net)}
     run.save_result = lambda step: train.save_network(run.out, net, net.state_dict())
     decoder, scale = net.decoder.requires_grad_(True), ours.scaling_factor
+    # of what the VAE makes (B, 1, mels, frames) one channel is heard
+    picture = lambda _, x0: (x0, vae.decode(x0 / theirs.scaling_factor).sample[:, :1])
     return learn(run, list(decoder.parameters()), picture,
                  lambda z, target: decoder_loss(decoder(z / scale), target))
 
