@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import train
-from data import Parser, cli, draw_batch, number, require
+from data import cli, draw_batch, number, require
 from losses import diffuse, one_step
 from model import denoiser, load_unet
-from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
+from recipes.clips import clips_of, draw_more, fit, parser, teacher_clips
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, prog="python -m recipes.arc")
+    p = parser(__doc__, "arc")
     add = p.add_argument
     # the defaults are ours (docs/LOG.md, 2026-11-21)
     add("--contrast", type=number(float), default=1.0, help="weight of the contrastive loss")
@@ -28,9 +28,6 @@ def parse_args(argv=None):
     add("--d_frozen", type=number(int, 0, 1), default=0, help="1: train only D's heads")
     add("--d_t_min", type=number(int), default=50, help="smallest timestep of what D scores")
     add("--d_t_max", type=number(int), default=700, help="one above the largest")
-    add_clips(add)
-    train.add_run(add)
-    p.set_defaults(out_dir="out_arc")
     args = train.parse_run(p, argv, "arc")
     require(args.batch_size > 1 or not args.contrast, "--batch_size 1: has no other caption to "
             "contrast with; give it 2 or more, or --contrast 0")
@@ -129,9 +126,8 @@ def main(argv=None):
         d_right = (real > made).float().mean(1)
         run.log(arc=arc, d=d, d_right=d_right, x0_std=x0.std((1, 2, 3)))
 
-    fit(run, [net, scores], weights, opts, backward, "arc", "arc", "d_right", "x0_std",
-        first={"student": args.d_first})
-    return run.end()
+    return fit(run, [net, scores], weights, opts, backward, "arc", "arc", "d_right", "x0_std",
+               first={"student": args.d_first})
 
 
 if __name__ == "__main__":

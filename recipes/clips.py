@@ -10,16 +10,16 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import train
-from data import InputError, caption_at, locked, number, replace_file, require
+from data import InputError, Parser, caption_at, locked, number, replace_file, require
 from losses import guided, one_step
 from model import cause, denoiser, noise_schedule
 
 
-def fit(run, nets, weights, opts, backward, *shown, first={}):
-    """Train as train.py does, and end: backward(numbers) adds the gradients of a micro-batch.
+def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
+    """Train as train.py does: backward(numbers) adds the gradients of a micro-batch. main()'s code.
 
     nets: those that DDP may have. weights, opts: {name: a network's}; first: {name: step from which
-    it learns}. The terminal shows what backward logs under the names `shown`.
+    it learns}. The terminal shows what backward logs under the names `shown`; hear: Run.end()'s.
     """
     args = run.args
     for step in run.steps(*shown):
@@ -37,13 +37,18 @@ def fit(run, nets, weights, opts, backward, *shown, first={}):
                 opt.step()
         if "ema" in weights:
             train.average(weights, args.ema, step)
+    return run.end(hear)
 
 
-def add_clips(add):
-    """Add the flags of the teacher's clips."""
-    add("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
-    add("--clip_steps", type=number(int, 1, 1000), default=10, help="sampling steps of each")
-    add("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
+def parser(doc, recipe, **defaults):
+    """A parser that has the flags of every training script, and those of the teacher's clips."""
+    p = Parser(doc, prog=f"python -m recipes.{recipe}")
+    p.add_argument("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
+    p.add_argument("--clip_steps", type=number(int, 1, 1000), default=10, help="steps of each")
+    p.add_argument("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
+    train.add_run(p.add_argument)
+    p.set_defaults(out_dir=f"out_{recipe}", **defaults)
+    return p
 
 
 def draw_more(numbers, seed, count, shape, low=0, high=1, stream=3):

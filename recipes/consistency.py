@@ -14,21 +14,18 @@ import copy
 import torch
 
 import train
-from data import Parser, cli, number, require
+from data import cli, number, require
 from losses import at, diffuse, guided
 from model import denoiser
-from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
+from recipes.clips import clips_of, draw_more, fit, parser, teacher_clips
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, prog="python -m recipes.consistency")
+    p = parser(__doc__, "consistency", ema=0.95)
     add = p.add_argument
     # the defaults are LCM's
     add("--ode_steps", type=number(int, 2), default=50, help="the teacher's DDIM steps, T to 0")
     add("--loss", choices=("huber", "l2"), default="huber", help="LCM's pseudo-Huber, or squares")
-    add_clips(add)
-    train.add_run(add)
-    p.set_defaults(out_dir="out_consistency", ema=0.95)
     return train.parse_run(p, argv, "consistency")
 
 
@@ -96,8 +93,7 @@ def main(argv=None):
         (loss.mean() / args.grad_accum).backward()
         run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
 
-    fit(run, [net], weights, opts, backward, "consistency", "consistency", "x0_std")
-    return run.end()
+    return fit(run, [net], weights, opts, backward, "consistency", "consistency", "x0_std")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def learn(run, weights, pair, loss):
         found.backward()
         run.log(loss=found)
 
-    fit(run, [], weights, opts, backward, part, "loss")
-    return run.end(f'python sample.py --student {args.student} --decoder fast --prompt "..."')
+    return fit(run, [], weights, opts, backward, part, "loss", hear="python sample.py "
+               f'--student {args.student} --decoder fast --prompt "..."')
 
 
 def new_decoder(settings):

@@ -9,21 +9,18 @@ The same command again resumes. Writes to --out_dir what train.py does, and clip
 import itertools
 
 import train
-from data import Parser, cli, number, require
+from data import cli, number, require
 from losses import one_step
 from model import denoiser
-from recipes.clips import add_clips, clips_of, draw_more, fit, teacher_clips
+from recipes.clips import clips_of, draw_more, fit, parser, teacher_clips
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__, prog="python -m recipes.energy")
+    p = parser(__doc__, "energy")
     add = p.add_argument
     # the defaults are ours (docs/LOG.md, 2026-11-21)
     add("--samples", type=number(int, 2), default=2, help="clips of a caption")
     add("--patch", type=number(int, 1), default=4, help="latent columns whose distance is taken")
-    add_clips(add)
-    train.add_run(add)
-    p.set_defaults(out_dir="out_energy")
     return train.parse_run(p, argv, "energy")
 
 
@@ -69,8 +66,7 @@ def main(argv=None):
         (energy.mean() / args.grad_accum).backward()
         run.log(energy=energy, x0_std=x[0].std((1, 2, 3)))
 
-    fit(run, [net], weights, opts, backward, "energy", "energy", "x0_std")
-    return run.end()
+    return fit(run, [net], weights, opts, backward, "energy", "energy", "x0_std")
 
 
 if __name__ == "__main__":
