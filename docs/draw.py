@@ -46,34 +46,28 @@ def step():
 
 
 def table(text, title):
-    """Read the table under a heading: [(row's name, {column: (number, deviation)})]."""
+    """Read the table under a heading: [(row's name, {column: number})]."""
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0].replace("**", "")
     (_, *columns), *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                              for line in section.splitlines() if line.startswith("| "))
     rows = []
     for name, *cells in lines:
-        numbers = [re.findall(r"\d[\d.]*", cell.replace(",", "")) for cell in cells]
-        rows.append((name, {column: (float(n[0]), float([*n, 0][1]))
-                            for column, n in zip(columns, numbers) if n}))
+        rows.append((name, {column: float(cell) for column, cell in zip(columns, cells) if cell}))
     return rows
 
 
 def above_floor(rows, column):
-    """[(row's name, (FD minus that of real audio, deviation))]; FD to teacher: the teacher's."""
+    """[(row's name, FD minus that of real audio)]; for FD to teacher minus the teacher's."""
     floor = dict(rows)["teacher, 25 steps" if "to teacher" in column else
-                       "real audio, rendered again"][column][0]
-    return [(name, (row[column][0] - floor, row[column][1])) for name, row in rows if column in row]
+                       "real audio, rendered again"][column]
+    return [(name, row[column] - floor) for name, row in rows if column in row]
 
 
-def scale(low, high, start, end):
-    """The function that puts [low, high] on [start, end], by logarithms."""
-    return lambda v: start + (end - start) * math.log(v / low) / math.log(high / low)
-
-
-def lines(x_name, y_name, y_ticks, curves):
-    """Curves {name: [(x, (y, deviation))]}, on logarithmic scales."""
+def lines(y_ticks, curves):
+    """Curves {name: [(step, y)]}, on logarithmic scales."""
     xs, body, end, place = sorted({x for c in curves.values() for x, _ in c}), [], 1e9, 340
-    X, Y = scale(xs[0], xs[-1], 80, 600), scale(y_ticks[0], y_ticks[-1], 320, 24)
+    X = lambda x: 80 + 520 * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
+    Y = lambda y: 320 - 296 * math.log(y / y_ticks[0]) / math.log(y_ticks[-1] / y_ticks[0])
     for x in reversed(xs):
         body.append(f'<path class="grid" d="M{X(x):.1f} 24V320"/>')
         if end - X(x) > 42:                             # there is room for the number
@@ -82,33 +76,26 @@ def lines(x_name, y_name, y_ticks, curves):
     for y in y_ticks:
         body += [f'<path class="grid" d="M70 {Y(y):.1f}H600"/>', words(62, Y(y) + 4, y, "end")]
     for i, (name, points) in sorted(enumerate(curves.items()), key=lambda c: c[1][1][-1][1]):
-        d = "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, (y, _) in points)
+        d = "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in points)
         body.append(f'<g class="c{i}"><path stroke-width="2" d="M{d}"/>')
-        for x, (y, deviation) in points:
-            body += [f'<path d="M{X(x):.1f} {Y(y - deviation):.1f}V{Y(y + deviation):.1f}"/>',
-                     f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3.5"/>']
+        body += [f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3.5"/>' for x, y in points]
+        x, y = points[-1]
         place = min(place - 16, Y(y) + 4)               # names do not cover each other
         body += [words(X(x) + 10, place, name, "start"), "</g>"]
-    return svg(380, *body, words(335, 366, x_name),
-               f'<g transform="translate(20 172) rotate(-90)">{words(0, 0, y_name)}</g>')
+    return svg(380, *body, words(335, 366, "training steps"),
+               f'<g transform="translate(20 172) rotate(-90)">{words(0, 0, "above its floor")}</g>')
 
 
 def figures(text):
     """{file: picture} from the text of RESULTS.md; each run in the curve's columns is drawn."""
-    rows, passes = table(text, "The learning curve"), {}
+    rows = table(text, "The learning curve")
     curve = {column: [(int(name.replace(",", "")), y) for name, y in above_floor(rows, column)
                       if name[0].isdigit()] for column in rows[-1][1] if "FD" in column}
-    first, *_ = curve
-    lowest = min(y for points in curve.values() for _, (y, _) in points)
+    lowest = min(y for points in curve.values() for _, y in points)
     ticks = [y for y in (1.25, 2.5, 5, 10, 20, 40) if y > lowest / 2]
-    teacher = dict(above_floor(rows, first))["teacher, 25 steps"]
-    curve["teacher, 25 steps: FD"] = [(x, teacher) for x, _ in curve[first]]
-    for name, row in table(text, "Passes against quality"):
-        passes.setdefault(re.split(r", | \(", name)[0], []).append((row["passes"][0], row["FD"]))
-    return {
-        "step.svg": step(),
-        "curve.svg": lines("training steps", "above its floor", ticks, curve),
-        "queries.svg": lines("UNet passes", "FD", (20, 50, 100, 200, 500), passes)}
+    teacher = dict(above_floor(rows, "FD"))["teacher, 25 steps"]
+    curve["teacher, 25 steps: FD"] = [(x, teacher) for x, _ in curve["FD"]]
+    return {"step.svg": step(), "curve.svg": lines(ticks, curve)}
 
 
 if __name__ == "__main__":

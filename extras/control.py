@@ -2,6 +2,7 @@
 
     python -m extras.control --prompt "a dog barks while (rain:2) falls"    # attend to rain twice
     python -m extras.control --prompt "a cat meows" --init dog.wav --init_prompt "a dog barks"
+    python -m extras.control --prompt "rain falls" --teacher tiny --teacher_steps 25    # no student
 
 From Python, with system = model.load_student(...): make_weighted() and invert_recording().
 """

@@ -30,8 +30,7 @@ def write_tokenizer(folder):
 def write_vocoder(folder, config):
     """Write HiFi-GAN with weight norm, in the published form."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {k: config[k] for k in config if k not in ("num_mels", "resblock")}
-    network = SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=config["num_mels"], **sizes))
+    network = SpeechT5HifiGan(SpeechT5HifiGanConfig(model_in_dim=config["num_mels"], **config))
     state = {}
     for name, w in network.named_parameters():
         name = name.replace("upsampler.", "ups.")

@@ -1,11 +1,9 @@
-"""A teacher in many steps: sample.py's flags, and two more.
+"""A teacher in many steps: load_teacher("tiny", steps=25)(["rain falls"]), as load_student().
 
-    python -m extras.teacher --teacher tiny --teacher_steps 25 --prompt "rain falls"
-
-From Python: load_teacher("tiny", steps=25)(["rain falls"]), as model.load_student().
+    python -m extras.control --teacher tiny --teacher_steps 25 --prompt "rain falls"
 """
 import sample
-from data import Parser, cli, number, require
+from data import number, require
 from losses import guided
 from model import TO_HEAR, System, find, load_unet, open_student, read_settings
 from recipes.clips import many_steps
@@ -52,16 +50,3 @@ def open_system(args, seconds=None, prompts=()):
                           precision=args.precision, device=args.device)
     sample.warn_unread(system, prompts)
     return system
-
-
-def main(argv=None):
-    p = Parser(__doc__)
-    sample.add_clips(p.add_argument)
-    add_teacher(p.add_argument)
-    args = p.parse_args(argv)
-    prompts = sample.read_prompts(args)
-    sample.write_clips(args, prompts, lambda: open_system(args, args.seconds, prompts))
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -5,7 +5,7 @@ import torch
 from runs import edit, refuses, write_student
 
 from data import InputError
-from extras import teacher
+from extras import control
 from extras.teacher import load_teacher
 from losses import guided, one_step
 from model import TINY, Decoder, TextEncoder, denoiser, load_scheduler, load_unet, noise_schedule
@@ -14,7 +14,7 @@ from sample import read_manifest
 
 
 def go(*flags):
-    teacher.main(["--device", "cpu", *map(str, flags)])
+    control.main(["--device", "cpu", *map(str, flags)])
 
 
 @pytest.mark.parametrize("guidance", [1, 4.5])

@@ -203,15 +203,6 @@ def test_the_shipped_rows_are_measured_again_alike():
 
 # ---- scores ------------------------------------------------------------------------------------
 
-def test_ratios_are_taken_with_and_without_the_floor():
-    table = {score.FLOOR_ROW: {"FD": 10.0}, "before": {"FD": 400.0},
-             "teacher, 25 steps": {"FD": 20.0, "KL": 2.0, "FD to teacher": 11.0},
-             "student": {"FD": 45.0, "KL": 2.4, "FD to teacher": 30.0}}
-    assert score.ratios(table) == (
-        "student / teacher: FD 2.25, FD above the floor of 10.0 3.50, KL 1.20. "
-        "FD to teacher is 19.0 above its floor of 11.0")
-
-
 def test_one_seed_s_row_is_itself_and_several_have_a_spread():
     row = {"FD": 20.0, "KL": 2.0, "IS": None, "FD to teacher": 11.4}
     assert score.summary([row]) == row and score.cells(row) == ["20.0", "2.00", "-", "11.4"]
@@ -247,7 +238,7 @@ def test_a_student_that_learned_nothing_is_the_row_before_training(tmp_path, cap
 
     assert Image.open(tmp_path / "spectrograms.png").size == (4 * 400, 6 * 144 + 20)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:6] == score.show(table, 8).splitlines() and lines[6] == score.ratios(table)
+    assert lines[1:6] == score.show(table, 8).splitlines()
     card = (tmp_path / "student/README.md").read_text()
     assert "8 held-out captions of the tiny world (third list, unseen pairs of events): " in card
     assert f"student after 7 steps FD {after['FD']:.1f}, KL {after['KL']:.2f}" in card

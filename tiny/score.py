@@ -211,17 +211,6 @@ def show(table, clips):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def ratios(table):
-    """How far the student, the last row, is from its teacher, in a sentence."""
-    best, teacher = table[FLOOR_ROW], table[TEACHER_ROW]
-    student = list(table.values())[-1]
-    above = [row["FD"] - best["FD"] for row in (student, teacher)]
-    away, bias = student["FD to teacher"], teacher["FD to teacher"]
-    return (f"student / teacher: FD {student['FD'] / teacher['FD']:.2f}, FD above the floor of "
-            f"{best['FD']:.1f} {above[0] / above[1]:.2f}, KL {student['KL'] / teacher['KL']:.2f}. "
-            f"FD to teacher is {away - bias:.1f} above its floor of {bias:.1f}")
-
-
 def sheet(systems, rows, seed):
     """Mel spectrograms side by side: a row a caption, six of rows; real audio, then systems."""
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(6, len(rows))).astype(int)]
@@ -283,8 +272,6 @@ def report(args):
     image = sheet({**compared(t), **student}, rows, args.seed)
 
     print("\n" + show(table, len(rows)))
-    if len(rows) > 1 and others:
-        print(ratios(table))
     found = {"clips": len(rows), "list": args.list, "kind": args.kind, "seed": args.seed,
              "systems": table}
     if "decoder" in model.small_parts(folder):
