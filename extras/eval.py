@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import number, read_json, replace_text, require
+from data import number, replace_text, require
 from extras import metrics
 from extras.audio import read_audio, read_file
 from extras.metrics import SOUNDS, Cnn14, Ear, VGGish, recordings
 from extras.teacher import add_teacher, open_system
 from model import RATE, STUDENT, TO_HEAR, pick_device
-from sample import add_system, read_manifest
+from sample import add_system, add_to_manifest, read_manifest
 
 DIGITS = {"N": 0, "FD": 2, "FAD": 2, "KL": 2, "IS": 2, "CLAP": 3}       # columns, and decimals
 CLIPS_VERSION = 1       # to be raised when the code makes other clips of the same files and flags
@@ -188,19 +188,16 @@ def generate(prompts, out, args, system):
     """Make the WAVs of {name: prompt} that this System has not made yet; return its identity."""
     about = {**system.about, "seed": args.seed, "version": CLIPS_VERSION,
              "sha256": metrics.sha256(*files_of(system, args))}
-    path = out / "manifest.json"
 
-    def read():
+    def made():
         """The clips that are there, {name: prompt}; InputError where another system made them."""
-        manifest = read_json(path) if path.exists() else {"system": about, "clips": {}}
-        require(isinstance(manifest, dict) and {"system", "clips"} <= set(manifest),
-                f"{path}: is not extras.eval's; change --out")
-        for key in {**about, **manifest["system"]}:
-            require(about.get(key) == manifest["system"].get(key),
+        rows = read_manifest(out)
+        for key, row in ((key, row) for row in rows for key in {**about, **row}):
+            require(key in ("file", "prompt", "k") or row.get(key) == about.get(key),
                     f"{out}: holds another system's clips ({key} differs); change --out")
-        return manifest["clips"]
+        return {row["file"]: row["prompt"] for row in rows}
 
-    clips = read()
+    clips = made()
     todo = [k for k in sorted(prompts) if clips.get(k) != prompts[k] or not (out / k).exists()]
     for i in tqdm(range(0, len(todo), args.batch_size), desc="batches of clips"):
         names = todo[i:i + args.batch_size]
@@ -210,10 +207,10 @@ def generate(prompts, out, args, system):
         out.mkdir(parents=True, exist_ok=True)
         for name, wav in zip(names, wavs):
             write_wav(out / name, wav, RATE, "PCM_16")
-        with data.locked(path):                         # another process may make others of them
-            clips = read() | {name: prompts[name] for name in names}
-            manifest = {"system": about, "clips": clips}
-            replace_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        with data.locked(out / "manifest.json"):        # another process may make others of them
+            made()
+            add_to_manifest(out, {name: {"file": name, "prompt": prompts[name], "k": 0, **about}
+                                  for name in names})
     return about
 
 

@@ -248,7 +248,8 @@ def test_audiocaps_is_resumed_and_notices_another_system(recordings, plain, here
     head, line = (line.split() for line in output.splitlines()[-3:-1])
     assert line[:2] == ["ac/clips", "12"] and line[-1] == "list.csv" and len(line) == len(head) + 1
     before, row = contents(here / "ac/clips"), read_json("ac/scores.json")
-    assert read_json("ac/clips/manifest.json")["clips"] == row["list"] == TEXTS
+    listed = {clip["file"]: clip["prompt"] for clip in read_json("ac/clips/manifest.json")}
+    assert listed == row["list"] == TEXTS
     assert row["captions"] == "list.csv" and row["crop_seed"] is None
 
     (here / "ac/clips" / NAMES[3]).unlink()
@@ -314,20 +315,20 @@ def test_processes_that_make_clips_of_one_folder(plain, here, monkeypatch):
                                 "--teacher", str(plain), "--teacher_steps", "1"])
     system, path = evaluate.open_system(args), here / "manifest.json"
     about = evaluate.generate({"a.wav": "rain"}, here, args, system)
-    meanwhile = {"system": {**about}, "clips": {"a.wav": "rain", "b.wav": "a dog"}}
+    meanwhile = [{"file": f"{k}.wav", "prompt": "rain", "k": 0, **about} for k in "ab"]
     with ThreadPoolExecutor() as pool:
         for differs in ({}, {"seed": 1}):
             with locked(path):
                 this = pool.submit(evaluate.generate, {f"c{differs}": "wind"}, here, args, system)
                 wait([this], 1.5)
-                meanwhile["system"] |= differs
+                meanwhile[1] |= differs
                 path.write_text(json.dumps(meanwhile))
             if differs:
                 with pytest.raises(InputError, match="another system's clips .seed differs"):
                     this.result()
             else:
                 this.result()
-                assert read_json(path)["clips"] == {**meanwhile["clips"], "c{}": "wind"}
+                assert [row["file"] for row in read_json(path)] == ["a.wav", "b.wav", "c{}"]
 
 
 def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
