@@ -126,7 +126,7 @@ def main(argv=None):
         d_right = (real > made).float().mean(1)
         run.log(arc=arc, d=d, d_right=d_right, x0_std=x0.std((1, 2, 3)))
 
-    return fit(run, [net, scores], weights, opts, backward, "arc", "arc", "d_right", "x0_std",
+    return fit(run, [net, scores], weights, opts, backward, "arc", "d_right", "x0_std",
                first={"student": args.d_first})
 
 

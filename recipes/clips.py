@@ -16,13 +16,14 @@ from model import cause, denoiser, noise_schedule
 
 
 def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
-    """Train as train.py does: backward(numbers) adds the gradients of a micro-batch. main()'s code.
+    """Train as train.py's loop does and return main()'s exit code.
 
-    nets: those that DDP may have. weights, opts: {name: a network's}; first: {name: step from which
-    it learns}. The terminal shows what backward logs under the names `shown`; hear: Run.end()'s.
+    backward(numbers) adds the gradients of a micro-batch and logs; the terminal shows what it logs
+    as `shown`. nets: those that DDP may wrap. weights, opts: {name: of a network}; first: {name:
+    step from which it learns}. hear: how to hear the result, if not by sample.py alone.
     """
     args = run.args
-    for step in run.steps(*shown):
+    for step in run.steps(run.identity["recipe"], *shown):
         for opt in opts.values():
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * train.learning_rate(step, args)
             opt.zero_grad()
@@ -44,7 +45,7 @@ def parser(doc, recipe, **defaults):
     """A parser that has the flags of every training script, and those of the teacher's clips."""
     p = Parser(doc, prog=f"python -m recipes.{recipe}")
     p.add_argument("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
-    p.add_argument("--clip_steps", type=number(int, 1, 1000), default=10, help="steps of each")
+    p.add_argument("--clip_steps", type=number(int, 1, 1000), default=10, help="in so many steps")
     p.add_argument("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
     train.add_run(p.add_argument)
     p.set_defaults(out_dir=f"out_{recipe}", **defaults)

@@ -93,7 +93,7 @@ def main(argv=None):
         (loss.mean() / args.grad_accum).backward()
         run.log(consistency=loss, x0_std=x0.std((1, 2, 3)))
 
-    return fit(run, [net], weights, opts, backward, "consistency", "consistency", "x0_std")
+    return fit(run, [net], weights, opts, backward, "consistency", "x0_std")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def learn(run, weights, pair, loss):
         found.backward()
         run.log(loss=found)
 
-    return fit(run, [], weights, opts, backward, part, "loss", hear="python sample.py "
-               f'--student {args.student} --decoder fast --prompt "..."')
+    return fit(run, [], weights, opts, backward, "loss", hear="python sample.py --student "
+               f'{args.student} --decoder fast --prompt "..."')
 
 
 def new_decoder(settings):

@@ -66,7 +66,7 @@ def main(argv=None):
         (energy.mean() / args.grad_accum).backward()
         run.log(energy=energy, x0_std=x[0].std((1, 2, 3)))
 
-    return fit(run, [net], weights, opts, backward, "energy", "energy", "x0_std")
+    return fit(run, [net], weights, opts, backward, "energy", "x0_std")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def main(argv=None):
         (loss.mean() / args.grad_accum).backward()
         run.log(loss=loss)
 
-    return fit(run, [net], weights, opts, backward, "sounds", "loss", hear="python train.py "
-               f"--teacher {run.out}/teacher --captions {args.captions}")
+    return fit(run, [net], weights, opts, backward, "loss", hear="python train.py --teacher "
+               f"{run.out}/teacher --captions {args.captions}")
 
 
 if __name__ == "__main__":
