@@ -90,7 +90,7 @@ def read_manifest(folder):
     rows = read_json(path) if path.exists() else []
     ours = isinstance(rows, list) and all(
         isinstance(r, dict) and {"file", "prompt", "seed", "k"} <= set(r) for r in rows)
-    require(ours, f"{path}: is not sample.py's; choose another folder")
+    require(ours, f"{path}: is no list of clips; choose another folder")
     return rows
 
 

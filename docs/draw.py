@@ -1,4 +1,4 @@
-"""Draw the figures of docs/assets: a training step, of step.json, and tables of RESULTS.md.
+"""Draw the figures of docs/assets: a training step (step.json), the curve (RESULTS.md).
 
     python docs/draw.py
 """
@@ -63,7 +63,7 @@ def above_floor(rows, column):
     return [(name, row[column] - floor) for name, row in rows if column in row]
 
 
-def lines(y_ticks, curves):
+def lines(curves, y_ticks=(5, 10, 20, 40)):
     """Curves {name: [(step, y)]}, on logarithmic scales."""
     xs, body, end, place = sorted({x for c in curves.values() for x, _ in c}), [], 1e9, 340
     X = lambda x: 80 + 520 * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
@@ -91,11 +91,9 @@ def figures(text):
     rows = table(text, "The learning curve")
     curve = {column: [(int(name.replace(",", "")), y) for name, y in above_floor(rows, column)
                       if name[0].isdigit()] for column in rows[-1][1] if "FD" in column}
-    lowest = min(y for points in curve.values() for _, y in points)
-    ticks = [y for y in (1.25, 2.5, 5, 10, 20, 40) if y > lowest / 2]
     teacher = dict(above_floor(rows, "FD"))["teacher, 25 steps"]
     curve["teacher, 25 steps: FD"] = [(x, teacher) for x, _ in curve["FD"]]
-    return {"step.svg": step(), "curve.svg": lines(ticks, curve)}
+    return {"step.svg": step(), "curve.svg": lines(curve)}
 
 
 if __name__ == "__main__":

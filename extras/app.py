@@ -1,7 +1,6 @@
 """A page to type in and listen: sample.py and extras.control in a browser, also for several people.
 
     pip install "gradio>=6" && python -m extras.app         # then open http://127.0.0.1:7860
-    GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=80 python -m extras.app   # for other machines
 """
 import functools
 import html
@@ -14,7 +13,7 @@ import time
 import soundfile
 
 import sample
-from data import InputError, Parser, cli, read_captions, require
+from data import InputError, Parser, cli, number, read_captions, require
 from extras.control import invert_recording, make_weighted, parse_weights
 from extras.teacher import add_teacher, open_system
 from model import RATE, latent_shape, open_student, read_settings, small_parts
@@ -113,13 +112,17 @@ def main(argv=None):
     p = Parser(__doc__)
     sample.add_system(p.add_argument)
     add_teacher(p.add_argument)
+    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too")
+    p.add_argument("--port", type=number(int, 1, 65535), default=7860, help="of the page")
+    p.add_argument("--share", action="store_true", help="a public link, through gradio's servers")
     args, files = p.parse_args(argv), tempfile.TemporaryDirectory()
     require(importlib.util.find_spec("gradio"), 'the page needs gradio: pip install "gradio>=6"')
     own = [f"--{k}={v}" for k, v in vars(args).items() if v != p.get_default(k)
-           and k not in ("seed", "decoder")]
+           and k not in ("seed", "decoder", "host", "port", "share")]
     direct = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))     # for gradio, of itself
-    os.environ |= {"GRADIO_TEMP_DIR": files.name, "no_proxy": f"{direct},localhost,127.0.0.1"}
-    build(args, own).launch(max_file_size="20mb", css="#results img { height: 128px }")
+    os.environ |= {"GRADIO_TEMP_DIR": files.name, "no_proxy": f"{direct},localhost,{args.host}"}
+    build(args, own).launch(server_name=args.host, server_port=args.port, share=args.share,
+                            max_file_size="20mb", css="#results img { height: 128px }")
 
 
 if __name__ == "__main__":

@@ -91,10 +91,11 @@ def trainer(kind, folder, device, batch, args):
     def measure(runs):
         layout, lines = torch.contiguous_format if kind == PLAIN else torch.channels_last, []
         with tempfile.TemporaryDirectory() as out, patch.multiple(
-                train, read_settings=lambda folder: {},                 # no flags of its own
+                train, STOP=[], read_settings=lambda folder: {},        # no flags of its own
                 load_unet=lambda *where: load_unet(*where).to(memory_format=layout)
                 ), patch.object(train.Run, "save", lambda run, step: lines.extend(run.lines)
-                ), contextlib.redirect_stdout(io.StringIO()):
+                ), contextlib.redirect_stdout(quiet := io.StringIO()
+                ), contextlib.redirect_stderr(quiet):
             Path(out, "captions.txt").write_text("a dog barks\n")
             train.main([
                 f"--teacher={folder}", f"--captions={out}/captions.txt", f"--out_dir={out}",
@@ -134,7 +135,7 @@ def main(argv=None):
     add("what", choices=("sample", "train"))
     add("--size", choices=("tiny", "full"), default="tiny", help="the tiny world's, or Auffusion's")
     add("--batch_size", type=positive, help="samples at a time; default: 1, in training 16")
-    add("--runs", type=positive, default=3, help="timed calls, whose mean is printed")
+    add("--runs", type=positive, default=3, help="timed calls; training warms up as long")
     add("--compile", action="store_true", help="torch.compile, with CUDA graphs for sampling")
     add("--checkpointing", action="store_true", help="recompute activations in training")
     add("--device", help="cuda, mps or cpu; default: the first there is")

@@ -1,4 +1,4 @@
-"""Words that weigh more, and recordings to edit: sample.py's flags, and weights in the prompts.
+"""Words that weigh more, recordings to edit, teachers in many steps: sample.py's flags and more.
 
     python -m extras.control --prompt "a dog barks while (rain:2) falls"    # attend to rain twice
     python -m extras.control --prompt "a cat meows" --init dog.wav --init_prompt "a dog barks"

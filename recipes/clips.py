@@ -19,8 +19,8 @@ def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
     """Train as train.py's loop does and return main()'s exit code.
 
     backward(numbers) adds the gradients of a micro-batch and logs; the terminal shows what it logs
-    as `shown`. nets: those that DDP may wrap. weights, opts: {name: of a network}; first: {name:
-    step from which it learns}. hear: how to hear the result, if not by sample.py alone.
+    as `shown`. nets: those that DDP may wrap. weights, opts: {network's name: its weights, its
+    optimizer}; first: {name: step from which it learns}. hear: how, if not by sample.py alone.
     """
     args = run.args
     for step in run.steps(run.identity["recipe"], *shown):
@@ -36,18 +36,17 @@ def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
             run.log(**{f"grad_{name}": norm})
             if step >= first.get(name, 0):
                 opt.step()
-        if "ema" in weights:
-            train.average(weights, args.ema, step)
+        train.average(weights, vars(args).get("ema"), step)
     return run.end(hear)
 
 
 def parser(doc, recipe, **defaults):
     """A parser that has the flags of every training script, and those of the teacher's clips."""
-    p = Parser(doc, prog=f"python -m recipes.{recipe}")
-    p.add_argument("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
-    p.add_argument("--clip_steps", type=number(int, 1, 1000), default=10, help="in so many steps")
-    p.add_argument("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
-    train.add_run(p.add_argument)
+    add = (p := Parser(doc, prog=f"python -m recipes.{recipe}")).add_argument
+    add("--clips", type=number(int, 1), default=1536, help="how many the teacher makes")
+    add("--clip_steps", type=number(int, 1, 1000), default=10, help="sampling steps of each")
+    add("--cache", help="file to keep them in; default: clips.safetensors in --out_dir")
+    train.add_run(add)
     p.set_defaults(out_dir=f"out_{recipe}", **defaults)
     return p
 

@@ -98,9 +98,9 @@ def test_two_people_get_what_they_ask_for_and_nothing_else(pages):
     import httpx
     from gradio_client import Client, handle_file
     page, flags = pages[0]
-    assert not page.analytics_enabled
+    assert flags["server_name"] == "127.0.0.1" and not flags["share"] and not page.analytics_enabled
     os.mkdir(os.environ["GRADIO_TEMP_DIR"])                 # it went with main()
-    _, url, _ = page.launch(**flags, prevent_thread_lock=True)
+    _, url, _ = page.launch(**flags | {"server_port": None}, prevent_thread_lock=True)
     people = [Client(url, verbose=False) for _ in range(2)]
     asked = [ASKED | dict(prompt=f"a (dog:2) {i}", seed=3, n=1 + i % 2, decoder=decoder, words="oh",
                           seconds=0.32 * (1 + i % 3), path=handle_file("bell.wav"), strength=0.5)

@@ -145,7 +145,7 @@ def test_what_was_made_is_listed_when_it_is_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("[{", "is not JSON"), ('{"a": 1}', "is not sample.py's"), ('[{"file": 1}]', "choose another"),
+    ("[{", "is not JSON"), ('{"a": 1}', "is no list of clips"), ('[{"file": 1}]', "choose another"),
     ("[1]", "choose another")])
 def test_a_damaged_or_foreign_manifest_is_not_overwritten(student, tmp_path, content, says):
     (tmp_path / "manifest.json").write_text(content)

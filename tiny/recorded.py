@@ -12,8 +12,8 @@ from data import read_json, read_rows, require
 from extras.audio import read_audio
 from tiny.world import JOINS, RATE, N, World
 
-WORDS = read_json(Path(__file__).with_name("esc10.json"))       # as those of tiny/world.py
-EVENTS, CLASSES = WORDS["events"], WORDS["classes"]     # a class as ESC-10, then ESC-50 call it
+WORDS = read_json(Path(__file__).with_name("esc10.json"))   # synonyms mean the same recordings
+EVENTS, CLASSES = WORDS["events"], WORDS["classes"]     # as ESC-10 and, if it differs, ESC-50 say
 TRAINING, HELD_OUT, FRAME = "1234", "5", 800    # folds; 50 ms
 LESS = {"": (0, 12), "softly": (9, 14), "loudly": (0, 4)}       # dB, of the loudest frame
 
