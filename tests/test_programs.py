@@ -146,3 +146,11 @@ def test_the_first_step_is_adamw_s_with_the_flags_values(go, plain, name, clip, 
                 atol=1e-6)
             ema = min(ema, 1 / 10)
             torch.testing.assert_close(average, ema * before + (1 - ema) * after)
+
+
+@pytest.mark.parametrize("name", ["decoder", "vocoder"])
+def test_the_gradients_of_small_parts_are_not_clipped(go, name):
+    _, out, done, _ = go(name, "--max_steps", 1)
+    m = [state["exp_avg"].norm() / (1 - 0.9) for state in done["opts"][name]["state"].values()]
+    norm = torch.stack(m).norm().item()
+    assert norm == pytest.approx(metrics(out)[0][f"grad_{name}"], rel=1e-3) and norm > 1
