@@ -71,7 +71,7 @@ def invert(latents, x0, z_T, steps=30, rate=0.1):
     """Find noise (B, 4, h, w) from which latents(z_T) makes nearly x0; also its squared error (B,).
 
     Adam on z_T itself, which stays as wide as noise (measured: 1.00). It starts with a fifth of x0
-    in it, which alone brings a student's clip half as far from x0 (tiny.control of 3d9e313).
+    in it, which alone halves the distance of a student's clip from x0 (tiny.control of 3d9e313).
     """
     z = (0.2 * x0 / x0.std((1, 2, 3), keepdim=True) + 0.98 * z_T).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=rate)
@@ -84,7 +84,7 @@ def invert(latents, x0, z_T, steps=30, rate=0.1):
 
 
 def invert_recording(path, prompt, system, seed=0):
-    """Find the noise (1, 4, h, w) of a recording, and what it misses of the latents' variance."""
+    """Find the noise (1, 4, h, w) of a recording, and the share of its variance that is missed."""
     wav = read_audio(path, system.seconds)
     wav = F.pad(wav, (0, round(system.seconds * RATE) - len(wav)))      # or cut it
     x0 = encode_audio(system, wav[None].to(system.device))

@@ -3,7 +3,7 @@
     python -m recipes.arc --init out/student            # go on from a student of train.py
     python -m recipes.arc --teacher tiny                # from the teacher itself
 
-It still needs only captions: the paper trains on recordings, here the teacher makes clips, once.
+Captions still suffice: clips that the teacher makes, once, replace the recordings of the paper.
 The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
 """
 import torch

@@ -20,7 +20,7 @@ def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
 
     backward(numbers) adds the gradients of a micro-batch and logs; the terminal shows what it logs
     as `shown`. nets: those that DDP may wrap. weights, opts: {network's name: its weights, its
-    optimizer}; first: {name: step from which it learns}. hear: how, if not by sample.py alone.
+    optimizer}; first: {name: step from which it learns}. hear: what to run then, if not sample.py.
     """
     args = run.args
     for step in run.steps(run.identity["recipe"], *shown):
@@ -59,7 +59,7 @@ def draw_more(numbers, seed, count, shape, low=0, high=1, stream=3):
 
 
 def read_clips(path, about, shape):
-    """Read a file's clips (N, *shape), none if it is missing; InputError if `about` is another."""
+    """Read a file's latents (N, *shape), none if it is missing; InputError if made otherwise."""
     if not path.exists():
         return torch.zeros(0, *shape, dtype=torch.float16)
     try:

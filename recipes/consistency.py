@@ -3,7 +3,7 @@
     python -m recipes.consistency --teacher tiny
     python -m recipes.consistency --init out/student --student_t 999    # on from one of train.py
 
-It still needs only captions: the papers train on data, here the teacher makes clips, once.
+Captions still suffice: clips that the teacher makes, once, take the place of the papers' data.
 The same command again resumes. Writes to --out_dir what train.py does, and clips.safetensors.
 --ema is of the target network, which is the student that is saved; unlike LCM's it averages over
 fewer steps at first (train.average). Guidance is inside, as in ConsistencyTTA (arXiv 2309.10740),

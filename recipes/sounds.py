@@ -1,6 +1,6 @@
 """Teach a teacher your own sounds: fine-tune it on recordings with captions, then distil that.
 
-    python -m recipes.sounds --teacher tiny --sounds FOLDER
+    python -m recipes.sounds --teacher tiny/recorded --sounds FOLDER
     python train.py --teacher out_sounds/teacher --captions out_sounds/captions.csv
 
 Captions of FOLDER, by the first of these that it has: x.txt beside x.wav (and x.flac: then both

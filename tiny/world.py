@@ -306,8 +306,8 @@ class World:
     def held_out(self, name="first"):
         """A list of held-out captions, one of LISTS; no caption is in two of them.
 
-        Of later lists, single events may be among training's, as few captions of these are
-        possible, and the teacher, but no student, was trained on half of the captions.
+        Single events of later lists may be among students' captions, as few are possible; pairs
+        never are. The teacher was trained on about half of the later lists' captions.
         """
         train, held = self.captions()
         taken = {text for text, events, _ in train if len(events) > 1}
@@ -317,7 +317,7 @@ class World:
         return held
 
     def clips(self, number, seen=True):
-        """What the teacher's training clips hold (seen), or the classifier's (any pair).
+        """Descriptions of the teacher's training clips (seen), or of the classifier's (any pair).
 
         Captions repeat, but none is of the first held-out list.
         """
