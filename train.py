@@ -256,7 +256,7 @@ def learning_rate(step, args):
 
 def average(weights, ema, step):
     """Move the average that is saved towards the student; it is shorter in the first steps."""
-    if weights.get("ema"):
+    if weights["ema"]:
         rate = min(ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(weights["ema"], [w.detach() for w in weights["student"]], 1 - rate)
 

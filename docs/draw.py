@@ -50,10 +50,8 @@ def table(text, title):
     section = text.split(f"\n## {title}\n")[1].split("\n## ")[0].replace("**", "")
     (_, *columns), *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                              for line in section.splitlines() if line.startswith("| "))
-    rows = []
-    for name, *cells in lines:
-        rows.append((name, {column: float(cell) for column, cell in zip(columns, cells) if cell}))
-    return rows
+    return [(name, {column: float(cell) for column, cell in zip(columns, cells) if cell})
+            for name, *cells in lines]
 
 
 def above_floor(rows, column):

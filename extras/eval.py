@@ -192,9 +192,10 @@ def generate(prompts, out, args, system):
     def made():
         """The clips that are there, {name: prompt}; InputError where another system made them."""
         rows = read_manifest(out)
-        for key, row in ((key, row) for row in rows for key in {**about, **row}):
-            require(key in ("file", "prompt", "k") or row.get(key) == about.get(key),
-                    f"{out}: holds another system's clips ({key} differs); change --out")
+        for row in rows:
+            for key in about | row:                     # in order: the line names the first
+                require(key in ("file", "prompt", "k") or row.get(key) == about.get(key),
+                        f"{out}: holds another system's clips ({key} differs); change --out")
         return {row["file"]: row["prompt"] for row in rows}
 
     clips = made()

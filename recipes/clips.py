@@ -36,7 +36,8 @@ def fit(run, nets, weights, opts, backward, *shown, first={}, hear=None):
             run.log(**{f"grad_{name}": norm})
             if step >= first.get(name, 0):
                 opt.step()
-        train.average(weights, vars(args).get("ema"), step)
+        if "ema" in weights:
+            train.average(weights, args.ema, step)
     return run.end(hear)
 
 

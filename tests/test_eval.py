@@ -328,7 +328,8 @@ def test_processes_that_make_clips_of_one_folder(plain, here, monkeypatch):
                     this.result()
             else:
                 this.result()
-                assert [row["file"] for row in read_json(path)] == ["a.wav", "b.wav", "c{}"]
+                listed = {row["file"]: row["prompt"] for row in read_json(path)}
+                assert listed == {"a.wav": "rain", "b.wav": "rain", "c{}": "wind"}
 
 
 def test_clotho_scores_crops_with_the_caption_that_clap_finds_closest(
