@@ -108,15 +108,15 @@ def encode(run, paths):
     about = {key: run.identity[key] for key in ("VAE's weights", "sounds", "latents")}
     if len(found := read_clips(path, about, run.shape)):
         return found
-    longer = [len(wav) / rate * model.RATE - n for wav, rate in map(read_file, paths)]
-    run.say(f"{len(paths)} sounds: {sum(x > 0 for x in longer)} are cut to their loudest "
-            f"{n / model.RATE:g} s, {sum(x < 0 for x in longer)} are padded")
-    z = []      # of each process; those of the first are kept
+    z, longer = [], []      # of each process; those of the first are kept
     for wav, rate in map(read_file, tqdm(paths, "latents", disable=run.rank > 0)):
         wav = resample(torch.from_numpy(wav.mean(1)), rate, model.RATE)
+        longer.append(len(wav) - n)
         wav = torch.nn.functional.pad(wav, (0, max(0, n - len(wav))))
         start = wav.square().unfold(0, n, n // 8).sum(1).argmax() * (n // 8)
         z.append(encode_audio(run, wav[None, start:start + n].to(run.device)).half().cpu())
+    run.say(f"{len(paths)} sounds: {sum(x > 0 for x in longer)} were cut to their loudest "
+            f"{n / model.RATE:g} s, {sum(x < 0 for x in longer)} padded")
     return keep_clips(path, about, torch.cat(z))
 
 

@@ -76,7 +76,7 @@ def test_a_sound_is_mono_at_16_khz_its_loudest_part_or_padded(go, plain, tmp_pat
     short = tone(tmp_path / "two/low/x.wav", seconds=0.1)
     stereo = tone(tmp_path / "two/mp3/x.mp3", seconds=0.64, rate=44100, gains=(0.2, 0.8))
     found = load_file(go("out") / "latents.safetensors")["clips"].float()
-    assert "3 sounds: 1 are cut to their loudest 0.64 s, 1 are padded" in capsys.readouterr().out
+    assert "3 sounds: 1 were cut to their loudest 0.64 s, 1 padded" in capsys.readouterr().out
     wavs = [x[:len(burst)] for x in (burst, torch.cat([short, zeros]), resample(stereo, 441, 160))]
     system = load_teacher(plain, 1, precision="fp32", device="cpu")
     same(found, encode_audio(system, torch.stack(wavs)), rtol=0, atol=5e-3)

@@ -31,7 +31,7 @@ def test_a_run_and_what_it_leaves(go, plain, tmp_path, capsys):
         path.touch()
     go(tmp_path)
     assert not killed.exists() and others.exists()
-    said = capsys.readouterr().out
+    said, shown = capsys.readouterr()
     assert "23 captions used" in said
     assert f'hear it: python sample.py --student {tmp_path / "student"} --prompt' in said
     before, after = load_unet(plain), UNet2DConditionModel.from_pretrained(tmp_path / "student")
@@ -42,6 +42,7 @@ def test_a_run_and_what_it_leaves(go, plain, tmp_path, capsys):
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert f"lora={lines[1]['lora']:.3g}, x0_std={lines[1]['x0_std']:.3g}]" in shown
     about = json.loads((tmp_path / "student/swiftaudio.json").read_text())
     assert (about["step"], about["timestep"]) == (2, 999)
     assert about["flags"]["lora_rank"] == 4 and "defaults" not in about["flags"]
