@@ -109,11 +109,12 @@ def test_a_name_for_every_clip():
     assert sample.file_names(["a"], 2, 5) == {("a", 0): "a_seed5_0.wav", ("a", 1): "a_seed5_1.wav"}
 
 
-def test_a_picture_has_low_frequencies_below(tmp_path):
+def test_a_picture_has_low_frequencies_below_and_silence_black():
     mel = torch.full((64, 10), LOG_MIN)
-    mel[0] = LOG_MAX                                        # the lowest bin
+    mel[:2] = torch.tensor([[LOG_MAX], [(LOG_MIN + LOG_MAX) / 2]])      # the two lowest bins
     image = np.asarray(sample.picture(mel)).astype(int).sum(-1)
-    assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-4] < 10).all()
+    assert image.shape == (256, 40) and (image[-4:] > 600).all() and (image[:-8] < 10).all()
+    assert (abs(image[-8:-4] - 365) < 15).all()             # 190 + 65 + 110, the colour between
 
 
 def test_a_row_waits_for_another_process_and_stands_behind_its_own(tmp_path):
