@@ -71,6 +71,9 @@ def test_target_counts(unet):
                                    nn.Conv2d(6, 5, 1, bias=False)])
 def test_equals_the_merged_layer(layer):
     network = nn.Sequential(copy.deepcopy(layer))
+    A, _ = inject(network, "all", rank=64, alpha=6)         # at first uniform, up to 1 / sqrt(n)
+    assert A.abs().max().item() == pytest.approx(A[0].numel() ** -0.5, rel=0.05)
+    network = nn.Sequential(copy.deepcopy(layer))
     inject(network, "all", rank=2, alpha=6)
     randomise(network)
     a, b = network[0].lora_A.weight, network[0].lora_B.weight
