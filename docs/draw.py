@@ -63,7 +63,7 @@ def above_floor(rows, column):
 
 def lines(curves, y_ticks=(5, 10, 20, 40)):
     """Curves {name: [(step, y)]}, on logarithmic scales."""
-    xs, body, end, place = sorted({x for c in curves.values() for x, _ in c}), [], 1e9, 340
+    xs, body, end, place = sorted({x for c in curves.values() for x, _ in c}), [], 1e9, {}
     X = lambda x: 80 + 520 * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
     Y = lambda y: 320 - 296 * math.log(y / y_ticks[0]) / math.log(y_ticks[-1] / y_ticks[0])
     for x in reversed(xs):
@@ -78,8 +78,8 @@ def lines(curves, y_ticks=(5, 10, 20, 40)):
         body.append(f'<g class="c{i}"><path stroke-width="2" d="M{d}"/>')
         body += [f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3.5"/>' for x, y in points]
         x, y = points[-1]
-        place = min(place - 16, Y(y) + 4)               # names do not cover each other
-        body += [words(X(x) + 10, place, name, "start"), "</g>"]
+        place[x] = min(place.get(x, 340) - 16, Y(y) + 4)            # names do not cover each other
+        body += [words(X(x) + 10, place[x], name, "start"), "</g>"]
     return svg(380, *body, words(335, 366, "training steps"),
                f'<g transform="translate(20 172) rotate(-90)">{words(0, 0, "above its floor")}</g>')
 
