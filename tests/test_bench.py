@@ -69,6 +69,7 @@ def test_the_table(what, rows, plain, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "flops", lambda f: 1.0)
     bench.main([what, "--device", "cpu", "--batch_size", "2"])
     said = capsys.readouterr().out
+    assert said.startswith(f"cpu, {torch.get_num_threads()} threads") and "peak: 2 TFLOP" in said
     assert re.findall(r"^(.+?)  +([\d.]+) +([\d.]+) +(\d+%) +(\S+)$", said, re.MULTILINE) == [
         *((f"plain fp32, {row}", "4000.0", "0.5", "25%", "-") for row in rows),
         *((f"ours, {row}", "2000.0", "1", "50%", "2.00x") for row in rows),
