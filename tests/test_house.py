@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import ROOT, started
+from conftest import ROOT, refused, started
 from runs import alike, call, metrics, read_checkpoint
 
 import sample
@@ -16,12 +16,11 @@ import train
 from data import read_json
 
 SIX = {"train", "sample", "model", "lora", "losses", "data"}
-FOLDERS = {"extras", "recipes", "tiny"}
+FILES = [p for name in (".", "extras", "recipes", "tiny") for p in ROOT.glob(f"{name}/*.py")]
 
 
 def test_the_six_import_nothing_of_ours_but_each_other_and_nothing_circles():
-    files = [*ROOT.glob("*.py"), *(path for name in FOLDERS for path in ROOT.glob(f"{name}/*.py"))]
-    ours = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    ours = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
     assert {name for name in ours if "." not in name} == SIX
     found = {}                                              # also of imports inside functions
     for name, path in ours.items():
@@ -33,6 +32,12 @@ def test_the_six_import_nothing_of_ours_but_each_other_and_nothing_circles():
         assert name not in SIX or found[name] <= SIX, name
     assert "train" in found["recipes.arc"] and "extras.metrics" in found["recipes.decoder"]
     list(graphlib.TopologicalSorter(found).static_order())      # CycleError shows the circle
+
+
+def test_every_program_is_a_command(tmp_path):
+    for path in FILES:
+        if path.stem not in SIX and "def main(" in path.read_text("utf-8"):
+            refused(f"{path.parent.name}.{path.stem}", "--nonsense", cwd=tmp_path, says=[])
 
 
 @pytest.fixture(scope="module")

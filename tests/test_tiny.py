@@ -258,8 +258,7 @@ def test_a_whole_list_is_scored_beside_shipped_rows_and_the_student_s_own_t(
         systems, rows[:2], seed))
     monkeypatch.setattr(score, "STEPS", 2)
     score.main([str(untrained(tmp_path / "student", t)), "--list", name])
-    found = json.loads((tmp_path / "scores.json").read_text())
-    table = found.pop("systems")
+    table = (found := json.loads((tmp_path / "scores.json").read_text())).pop("systems")
     assert found == {"clips": 512, "list": name, "kind": "all", "seed": 0}
     after, shipped = table.pop("student after 7 steps"), baselines()[key]
     assert table == (shipped if t == 625 else {**shipped, score.BEFORE_ROW: after})
