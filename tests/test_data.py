@@ -81,7 +81,7 @@ def test_what_is_no_caption_is_left_out_and_counted(tmp_path, name, content, lef
 
 @pytest.mark.parametrize("name, content, says", [
     ("missing.csv", None, "No such file"),
-    ("odd.parquet", "x", ".parquet"),
+    ("odd.parquet", "x", "unknown ending '.parquet'; use .csv, "),
     ("nul.txt", "a dog\nra\0in\n", "holds NUL bytes"),
     ("blank.txt", "\n \n", "no caption (2 rows read)"),
     ("half.jsonl", '{"text": "a"}\nrain\n', "line 2 is not JSON"),
