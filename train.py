@@ -430,6 +430,7 @@ def public(value):
 
 def save_network(folder, network, weights):
     """Write a network's settings and weights {name: w} as diffusers reads them: each file whole."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(network.to_json_string()) | {"_name_or_path": None}
     weights = {name: w.detach().contiguous() for name, w in weights.items()}
     replace_file(folder / "diffusion_pytorch_model.safetensors",
@@ -444,7 +445,6 @@ def save_student(run, folder, step):
              "step": step, "identity": run.identity,
              "flags": {name: public(value) for name, value in flags.items()},
              "command": shlex.join(["python", *map(public, sys.orig_argv[1:])])}
-    folder.mkdir(exist_ok=True)
     save_network(folder, run.student, dict(zip(dict(run.student.named_parameters()), kept)))
     data.replace_text(folder / "swiftaudio.json", json.dumps(about, indent=2) + "\n")
     here = {name: flags[name] for name in "teacher captions caption_column max_captions".split()}

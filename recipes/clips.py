@@ -67,10 +67,10 @@ def read_clips(path, about, shape):
         with safe_open(path, "pt") as file:
             found, clips = json.loads(file.metadata()["about"]), file.get_tensor("clips").clone()
     except Exception as e:                              # each kind of damage its own error
-        raise InputError(f"{path}: is no file of clips ({cause(e)}); pass another --cache")
+        raise InputError(f"{path}: is no file of clips ({cause(e)}); move it away")
     for key, value in about.items():
         require(found.get(key) == value, f"{path}: its clips were made with {key} "
-                f"{found.get(key)}, not {value}; pass another --cache")
+                f"{found.get(key)}, not {value}; move it away")
     return clips
 
 

@@ -3,10 +3,9 @@
     python -m recipes.sounds --teacher tiny/recorded --sounds FOLDER
     python train.py --teacher out_sounds/teacher --captions out_sounds/captions.csv
 
-Captions of FOLDER, by the first of these that it has: x.txt beside x.wav (and x.flac: then both
-have it), one a line; metadata.csv or .jsonl with file_name and caption; folders' names less their
-numbers, as of "001 - Dog bark". The same command again resumes. Writes to --out_dir teacher/,
-complete, with the adapter merged; lora/, the adapter alone in PEFT's format; and captions.csv.
+Captions, by the first of these that FOLDER has: x.txt beside x.wav, one a line; metadata.csv or
+.jsonl with file_name and caption; folders' names less their numbers, as of "001 - Dog bark". Writes
+teacher/, complete, with the adapter merged; lora/, it alone in PEFT's format; and captions.csv.
 """
 import glob
 import os
@@ -20,7 +19,6 @@ from tqdm import tqdm
 import data
 import model
 import train
-from data import caption_at, number, require
 from extras.audio import encode_audio, read_file, resample
 from extras.metrics import OTHERS, SOUNDS, sha256
 from lora import inject, lora_layers, save_lora
@@ -33,21 +31,17 @@ UNUSED = ("init captions max_captions student_t guidance keep_every ema lr lora_
 
 
 def parse_args(argv=None):
-    p = data.Parser(__doc__, prog="python -m recipes.sounds")
-    add = p.add_argument
+    add = (p := data.Parser(__doc__, prog="python -m recipes.sounds")).add_argument
     add("--sounds", required=True, help="folder of recordings; layouts: top of recipes/sounds.py")
     add("--old_captions", metavar="FILE", help="mix old ones into captions.csv, against forgetting")
-    add("--old", type=number(int), default=100, help="how many of them, from the first")
+    add("--old", type=data.number(int), default=100, help="how many of them, from the first")
     add("--all_weights", action="store_true", help="train the UNet itself, without an adapter")
-    add("--lr", type=number(float), default=1e-4, help="rate; for --all_weights try a tenth")
-    add("--cache", help="file to keep latents in; default: latents.safetensors in --out_dir")
+    add("--lr", type=data.number(float), default=1e-4, help="rate; for --all_weights try a tenth")
     for group in train.add_run, train.add_vsd:
         group(lambda name, **kw: None if name[2:] in UNUSED else add(name, **kw))
     p.set_defaults(out_dir="out_sounds", max_steps=2000, grad_accum=1, warmup=50, decay=True,
                    captions="captions.csv", max_captions=None, init=None)
-    args = train.parse_run(p, argv, "sounds")
-    args.student_t, args.keep_every = None, 0           # start() and Run look at them
-    return args
+    return train.parse_run(p, argv, "sounds")
 
 
 def files(folder):
@@ -57,16 +51,15 @@ def files(folder):
 
 
 def from_metadata(folder, every, sounds, column):
-    """{sound: its captions} by metadata.csv or .jsonl of the folder, else of those below, or {}."""
+    """{sound: its captions} by metadata.csv or .jsonl of the folder and of those below, or {}."""
     tables = [p for p in every if p.name in ("metadata.csv", "metadata.jsonl")]
-    tables = [p for p in tables if p.parent == folder][:1] or tables
     known, found = {os.path.abspath(p): p for p in sounds}, {p: [] for p in sounds if tables}
     for table in tables:
         for n, row in enumerate(data.read_rows(table), 1):
             where, names = f"{table}: row {n}", row if isinstance(row, dict) else ()
             keys = [key for name in FILE for key in names if key.strip().lower() == name]
             path = known.get(os.path.abspath(table.parent / str(row[keys[0]]))) if keys else None
-            require(path, f"{where}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
+            data.require(path, f"{where}: its {' or '.join(FILE)} is no sound of {folder}: {row}")
             found[path] += data.row_captions(row, where, column)
     return found
 
@@ -75,7 +68,7 @@ def read_sounds(folder, column=None):
     """A folder's sounds, {path: its captions}; InputError where one has none or is not read."""
     every = files(folder)
     sounds = [p for p in every if p.suffix.lower() in SOUNDS]
-    require(sounds, f"{folder}: holds no sound ({', '.join(SOUNDS)})")
+    data.require(sounds, f"{folder}: holds no sound ({', '.join(SOUNDS)})")
     words = {p: re.split(r"[\s_.-]+", p.parent.name.lower()) for p in sounds if p.parent != folder}
     found = ({p: data.read_captions(p.with_suffix(".txt"))[0] for p in sounds
               if p.with_suffix(".txt").is_file()} or from_metadata(folder, every, sounds, column)
@@ -83,8 +76,8 @@ def read_sounds(folder, column=None):
     found = {p: [*dict.fromkeys(filter(None, found.get(p, [])))] for p in sounds}
     for what, bad in (("are not read; convert", [p for p in every if p.suffix.lower() in OTHERS]),
                       ("have no caption; write one,", [p for p in sounds if not found[p]])):
-        some = ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3)
-        require(not bad, f"{folder}: {len(bad)} of {len(every)} files {what} or remove: {some}")
+        data.require(not bad, f"{folder}: {len(bad)} of {len(every)} files {what} or remove: "
+                     + ", ".join(map(str, bad[:3])) + ", ..." * (len(bad) > 3))
     return found
 
 
@@ -94,17 +87,15 @@ def write_captions(args, new):
     cells = [line.replace('"', '""') for line in dict.fromkeys(["caption", *new, *old])]
     text, path = "".join(map('"{}"\n'.format, cells)), Path(args.out_dir, "captions.csv").resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not (path.parent / "checkpoint.pt").exists():    # else Run compares them with its own
-        require(not path.exists() or path.read_text("utf-8", "replace") == text, f"{path}: is of "
-                "other sounds; remove it, or pass another --out_dir")
-        data.replace_text(path, text)
+    data.require(not path.exists() or path.read_text("utf-8", "replace") == text,
+                 f"{path}: is of other sounds; remove it, or pass another --out_dir")
+    data.replace_text(path, text)
     args.captions, args.caption_column = str(path), None
 
 
-@torch.no_grad()
 def encode(run, paths):
-    """Latents (paths, C, h, w) in fp16 of each sound's loudest part; --cache keeps them."""
-    path, n = Path(run.args.cache or run.out / "latents.safetensors"), run.shape[2] * 8 * model.HOP
+    """Latents (paths, C, h, w) in fp16 of each sound's loudest part, kept in a file."""
+    path, n = run.out / "latents.safetensors", run.shape[2] * 8 * model.HOP
     about = {key: run.identity[key] for key in ("VAE's weights", "sounds", "latents")}
     if len(found := read_clips(path, about, run.shape)):
         return found
@@ -127,7 +118,6 @@ def save_teacher(run):
     for name, layer in lora_layers(unet).items():
         A, B = (m.weight.detach().flatten(1) for m in (layer.lora_A, layer.lora_B))
         state[f"{name}.weight"] += layer.scale * (B @ A).view_as(layer.weight)
-    (folder / "unet").mkdir(parents=True, exist_ok=True)
     if not (folder / "unet/config.json").exists():      # the last file: the rest is there, too
         for path in files(run.folder):                  # --out_dir may be in there
             to = folder / (name := path.relative_to(run.folder))
@@ -141,6 +131,7 @@ def save_teacher(run):
 
 def main(argv=None):
     args = parse_args(argv)
+    args.student_t, args.keep_every = None, 0           # start() and Run look at them
     sounds = read_sounds(Path(vars(args).pop("sounds")), args.caption_column)
     write_captions(args, sum(sounds.values(), []))
     model.find(args.teacher, model.TO_HEAR)             # all of it, as all of it is copied
@@ -152,8 +143,8 @@ def main(argv=None):
         "VAE's weights": train.fingerprint(run.decoder.vae)}
     run.save_result = lambda step: save_teacher(run)
     torch.manual_seed(args.seed)
-    how = args.lora_targets, args.lora_rank, args.lora_alpha
-    learn = [*run.student.parameters()] if args.all_weights else inject(run.student, *how)
+    learn = [*run.student.parameters()] if args.all_weights else inject(
+        run.student, args.lora_targets, args.lora_rank, args.lora_alpha)
     weights, opts = {"teacher": learn}, {"teacher": train.adamw(args, learn, args.lr)}
     run.resume(weights, opts, "teacher")
     latents = encode(run, [*sounds])
@@ -163,11 +154,10 @@ def main(argv=None):
     eps_teacher = model.denoiser(net, run.amp)
 
     def backward(numbers):
-        rows, texts = zip(*(caption_at(pairs, args.seed, n) for n in numbers))
+        rows, texts = zip(*(data.caption_at(pairs, args.seed, n) for n in numbers))
         _, eps, _, _, t, u = data.draw_batch(numbers, args.seed, run.shape, 0, 1, run.T)
         x0, eps, t, u = (x.to(run.device) for x in (latents[[*rows]].float(), eps, t, u))
         text = torch.where((u < 0.1)[:, None, None], run.null, run.encode_text(texts))
-        # of v, as in tiny/make.py: plain eps-MSE hardly trains high t, where a student starts
         loss = lora_loss(x0, t, eps, text, eps_teacher, run.alpha, run.sigma, "v")
         (loss.mean() / args.grad_accum).backward()
         run.log(loss=loss)
