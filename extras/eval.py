@@ -120,7 +120,7 @@ def normal(name):
     return unicodedata.normalize("NFC", name).replace("\\", "/").strip()
 
 
-def read_clips(path, reference):
+def match_captions(path, reference):
     """A caption list and a folder of recordings: {stem.wav of a recording: its captions}.
 
     A row belongs to the recording whose name is one of its values, with or without its folder, its
@@ -217,7 +217,7 @@ def generate(prompts, out, args, system):
 
 def audiocaps(args):
     """Table II: make a clip for one caption of each recording and score it."""
-    captions = read_clips(args.captions, args.reference)
+    captions = match_captions(args.captions, args.reference)
     for name, found in captions.items():
         require(args.which < len(found), f"{args.captions}: {name} has fewer than {args.which + 1} "
                 "captions; lower --which")
@@ -241,7 +241,7 @@ def crop(source, target, args):
 
 def clotho(args):
     """Table III: the same with random crops, each with the caption that CLAP finds closest."""
-    captions, files = read_clips(args.captions, args.reference), recordings(args.reference)
+    captions, files = match_captions(args.captions, args.reference), recordings(args.reference)
     every = [caption for clip in captions.values() for caption in clip]
     system, networks = open_system(args, prompts=every), load_networks(args)
     clips, crops = args.out / "clips", args.out / "reference"

@@ -198,7 +198,7 @@ def test_a_recording_is_found_by_its_name(file, value, here):
     for name in (file, "x y.wav"):
         (here / name).write_bytes(b"")
     path = write_lines(here / "list.jsonl", [{"file": value, "text": "rain"}])
-    assert evaluate.read_clips(path, here) == {f"{file.rpartition('.')[0]}.wav": ["rain"]}
+    assert evaluate.match_captions(path, here) == {f"{file.rpartition('.')[0]}.wav": ["rain"]}
 
 
 @pytest.mark.parametrize("files, value", [
@@ -210,7 +210,7 @@ def test_another_recording_is_not_taken_for_it(files, value, here):
         (here / file).write_bytes(b"")
     path = write_lines(here / "list.jsonl", [{"file": value, "text": "rain"}])
     with pytest.raises(InputError, match=f"holds no recording .*looked for {value}.*.wav, .flac"):
-        evaluate.read_clips(path, here)
+        evaluate.match_captions(path, here)
 
 
 LISTS = {
@@ -224,7 +224,7 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_all_kinds_of_lists_are_read(name, recordings, tmp_path):
     (tmp_path / name).write_text(LISTS[name])
-    clips = evaluate.read_clips(tmp_path / name, recordings)
+    clips = evaluate.match_captions(tmp_path / name, recordings)
     assert clips == {"Yid00.wav": ["one", "two"], "Yid01.wav": ["three", "four"]}
 
 
@@ -232,7 +232,7 @@ def test_what_is_missing_is_told(recordings, here, capsys):
     names = [NAMES[0], "m1.wav", "m2", "m3", "m4", "m1", "file"]
     rows = ["file,text", *(f"{name},{'rain' if name != 'file' else 'text'}" for name in names), "x"]
     (here / "list.csv").write_text("\n".join(rows))
-    evaluate.read_clips("list.csv", recordings)
+    evaluate.match_captions("list.csv", recordings)
     assert capsys.readouterr().out == (f"list.csv: N = 1 of 6 clips; 5 without a recording in "
                                        f"{recordings}: m1.wav, m2, m3, ...; 2 rows are not whole\n")
 
